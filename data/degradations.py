@@ -1,0 +1,41 @@
+"""Degradations of clean images, each with its physical parameter and a seeded generator.
+
+Images are float arrays (H, W) or (H, W, C) in [0, 1]; results have the same range.
+"""
+
+import numpy as np
+from PIL import Image
+
+Array = np.ndarray
+
+
+def rician_noise(image_01: Array, sigma: float, rng: np.random.Generator) -> Array:
+    """Magnitude of a complex image with Gaussian noise of deviation `sigma` on both channels.
+
+    `sigma` is in units of the intensity range. Without signal the result follows a Rayleigh
+    distribution with mean sigma * sqrt(pi / 2): the noise floor of magnitude MRI
+    (Gudbjartsson and Patz, 1995).
+    """
+    real = image_01 + sigma * rng.standard_normal(image_01.shape)
+    imaginary = sigma * rng.standard_normal(image_01.shape)
+    return np.clip(np.hypot(real, imaginary), 0.0, 1.0)
+
+
+def low_resolution(image_01: Array, factor: int) -> Array:
+    """Mean over `factor` x `factor` pixels: (H, W) becomes (H / factor, W / factor).
+
+    Raises ValueError when a side is no multiple of `factor`.
+    """
+    height, width = image_01.shape[:2]
+    if height % factor or width % factor:
+        raise ValueError(f"image {height}x{width} is no multiple of the factor {factor}")
+    blocks = image_01.reshape(height // factor, factor, width // factor, factor, -1)
+    return blocks.mean(axis=(1, 3)).reshape(
+        height // factor, width // factor, *image_01.shape[2:]
+    )
+
+
+def resize(image_01: Array, height: int, width: int, method: Image.Resampling) -> Array:
+    """Resample a grey image (H, W) to (height, width) in float32, clipped to [0, 1]."""
+    resized = Image.fromarray(image_01.astype(np.float32)).resize((width, height), method)
+    return np.clip(np.asarray(resized), 0.0, 1.0)

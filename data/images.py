@@ -1,0 +1,55 @@
+"""Image files -> RGB arrays in [0, 1]. PNG and JPEG, 8 and 16 bits, grey, RGB and RGBA."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+MAX_PIXELS = 20_000_000
+"""Larger images are refused before they are decoded."""
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message names the file."""
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """An RGB image; 16-bit grey is scaled to 8 bits, transparency is laid on white.
+
+    Raises ImageError for a missing, damaged or oversized file.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(
+                    f"{path}: {image.width}x{image.height} is more than {MAX_PIXELS} pixels"
+                )
+            image.load()
+            return _to_rgb(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path}: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.float64) / 65535.0
+        return Image.fromarray(np.round(grey.clip(0, 1) * 255).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_pm1(image: Image.Image) -> Tensor:
+    """RGB image -> (3, H, W) float32 in [-1, 1]: mean 0.5, deviation 0.5."""
+    array = np.asarray(image, dtype=np.float32) / 127.5 - 1.0
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def to_uint8(image_pm1: Tensor) -> np.ndarray:
+    """(3, H, W) nominally in [-1, 1] -> (H, W, 3) uint8, clamped and rounded."""
+    scaled = (image_pm1.float().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()

@@ -1,0 +1,150 @@
+"""Endless stream of packed batches whose state is one number.
+
+Sample i of the stream is a function of (seed, i) alone: group, data set, place in that epoch's
+permutation, dropout, time and noise. So a stream resumes exactly from its position.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from modeling.batch import PackedBatch, SpecialTokens
+
+from .config import DatasetConfig, GroupConfig, MixtureConfig
+from .packer import Packer, PackerConfig, Sample
+from .records import Record, read_records
+from .tasks import restoration_sample
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    data_seed: int = 42
+    expected_num_tokens: int = 32768
+    """A pack is full once it holds this many tokens."""
+    max_num_tokens: int = 36864
+    """No pack holds more; a sample that would exceed it opens the next pack."""
+    max_num_tokens_per_sample: int = 16384
+    """Longer samples are dropped and counted."""
+
+    def __post_init__(self) -> None:
+        if not self.max_num_tokens_per_sample <= self.max_num_tokens:
+            raise ValueError(
+                f"max_num_tokens_per_sample={self.max_num_tokens_per_sample} exceeds "
+                f"max_num_tokens={self.max_num_tokens}"
+            )
+        if self.expected_num_tokens > self.max_num_tokens:
+            raise ValueError(
+                f"expected_num_tokens={self.expected_num_tokens} exceeds "
+                f"max_num_tokens={self.max_num_tokens}"
+            )
+
+
+class _Dataset:
+    """Records of one data set in an order that changes every epoch."""
+
+    def __init__(self, config: DatasetConfig, group: GroupConfig, seed: int) -> None:
+        self.config, self.group, self.seed = config, group, seed
+        records = read_records(config.jsonl_path)
+        self.records = records[: config.num_used_data or None]
+        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
+
+    def record(self, draw: int) -> Record:
+        """The record of the `draw`-th sample that is taken from this set."""
+        epoch, place = divmod(draw, len(self.records))
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self._epoch, self._order = epoch, rng.permutation(len(self.records))
+        return self.records[self._order[place]]
+
+
+class PackedLoader:
+    """Iterates packed batches; `state_dict` / `load_state_dict` resume exactly."""
+
+    def __init__(
+        self,
+        mixture: MixtureConfig,
+        config: LoaderConfig,
+        packer_config: PackerConfig,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.config, self.packer_config, self.tokenizer = config, packer_config, tokenizer
+        pairs = [(group, d) for group in mixture.groups for d in group.datasets]
+        self.datasets = [
+            _Dataset(d, group, config.data_seed + i) for i, (group, d) in enumerate(pairs)
+        ]
+        sizes = np.array([len(d.records) for d in self.datasets], dtype=float)
+        weights = np.array([group.weight for group, _ in pairs])
+        per_group = np.array([sum(s for s, d in zip(sizes, self.datasets, strict=True) if d.group is g) for g, _ in pairs])
+        shares = weights * sizes / per_group
+        self.shares = shares / shares.sum()
+        self.draws = [0] * len(self.datasets)
+        self.position = 0
+        self.too_long = 0
+
+    def _draw(self) -> tuple[int, Sample, torch.Generator]:
+        """The next sample of the stream and the generator of its randomness."""
+        rng = np.random.default_rng([self.config.data_seed, self.position])
+        chosen = int(rng.choice(len(self.datasets), p=self.shares))
+        dataset = self.datasets[chosen]
+        sample = restoration_sample(
+            dataset.record(self.draws[chosen]),
+            dataset.config.data_dir,
+            self.tokenizer,
+            dataset.group.image_transform_args,
+            dataset.group.vit_image_transform_args,
+            droppable=True,
+        )
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        return chosen, sample, generator
+
+    def _advance(self, chosen: int) -> None:
+        self.position += 1
+        self.draws[chosen] += 1
+
+    def next_batch(self) -> PackedBatch:
+        """Raises ValueError when samples keep being too long for a pack."""
+        packer = Packer(self.packer_config, self.special)
+        dropped = 0
+        while packer.num_tokens < self.config.expected_num_tokens:
+            chosen, sample, generator = self._draw()
+            tokens = self.packer_config.num_tokens(sample)
+            if tokens > self.config.max_num_tokens_per_sample:
+                dropped += 1
+                if dropped > 100:
+                    raise ValueError(
+                        f"100 samples in a row exceed max_num_tokens_per_sample="
+                        f"{self.config.max_num_tokens_per_sample} (the last has {tokens} tokens)"
+                    )
+                self.too_long += 1
+                self._advance(chosen)
+                continue
+            if packer.num_tokens + tokens > self.config.max_num_tokens:
+                break
+            packer.add(sample, generator)
+            self._advance(chosen)
+        return packer.build()
+
+    @property
+    def special(self) -> SpecialTokens:
+        return self.tokenizer.special
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        while True:
+            yield self.next_batch()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position, "draws": list(self.draws), "too_long": self.too_long}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError when the state belongs to another mixture."""
+        if len(state["draws"]) != len(self.datasets):
+            raise ValueError(
+                f"the saved stream mixes {len(state['draws'])} data sets, "
+                f"this one {len(self.datasets)}"
+            )
+        self.position, self.too_long = state["position"], state["too_long"]
+        self.draws = list(state["draws"])

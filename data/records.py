@@ -1,0 +1,96 @@
+"""One JSONL line -> Record. Every error names file and line."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class RecordError(ValueError):
+    """A bad line; the message starts with `file:line:`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One restoration sample of a JSONL file."""
+
+    source: str
+    """`file:line`, for messages."""
+    input_images: tuple[str, ...]
+    """Paths relative to the data set's folder."""
+    output_images: tuple[str, ...]
+    instruction: str
+    """The last human message without its `<image>` tags."""
+    assessment: str | None
+    """The last gpt message, if any."""
+    main_task_type: str
+    degrade_type: str
+    raw: dict[str, Any]
+    """The line as it was."""
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """All records of a JSONL file; blank lines are allowed.
+
+    Raises RecordError (`file:line: reason`) for a bad line, FileNotFoundError without the file,
+    and RecordError for a file without any record.
+    """
+    path = Path(path)
+    with path.open(encoding="utf-8") as lines:
+        records = [
+            parse_record(line, f"{path}:{number}")
+            for number, line in enumerate(lines, start=1)
+            if line.strip()
+        ]
+    if not records:
+        raise RecordError(f"{path}:1: no record in the file")
+    return records
+
+
+def parse_record(line: str, source: str) -> Record:
+    """Raises RecordError when the line is no JSON object or a field is missing or misshapen."""
+    try:
+        raw = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{source}: no JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise RecordError(f"{source}: a JSON object is expected, not {type(raw).__name__}")
+    messages = _messages(raw, source)
+    human = [m["value"] for m in messages if m["from"] == "human"]
+    gpt = [m["value"] for m in messages if m["from"] == "gpt"]
+    if not human:
+        raise RecordError(f"{source}: message holds no entry from `human`")
+    return Record(
+        source=source,
+        input_images=_paths(raw, "input_img", source),
+        output_images=_paths(raw, "output_img", source) if "output_img" in raw else (),
+        instruction=human[-1].replace("<image>", "").strip(),
+        assessment=gpt[-1].replace("<image>", "").strip() if gpt else None,
+        main_task_type=str(raw.get("main_task_type", "unknown")),
+        degrade_type=str(raw.get("degrade_type", "unknown")),
+        raw=raw,
+    )
+
+
+def _messages(raw: dict[str, Any], source: str) -> list[dict[str, str]]:
+    messages = raw.get("message")
+    if not isinstance(messages, list) or not messages:
+        raise RecordError(f"{source}: message must be a list of {{from, value}}")
+    for entry in messages:
+        if (
+            not isinstance(entry, dict)
+            or entry.get("from") not in ("human", "gpt")
+            or not isinstance(entry.get("value"), str)
+        ):
+            raise RecordError(f"{source}: message entry {entry!r} is no {{from: human|gpt, value}}")
+    return messages
+
+
+def _paths(raw: dict[str, Any], field: str, source: str) -> tuple[str, ...]:
+    images = raw.get(field)
+    if not isinstance(images, list) or not images:
+        raise RecordError(f"{source}: {field} must be a list of {{path, height, width}}")
+    for image in images:
+        if not isinstance(image, dict) or not isinstance(image.get("path"), str):
+            raise RecordError(f"{source}: {field} entry {image!r} has no path")
+    return tuple(image["path"] for image in images)

@@ -1,0 +1,144 @@
+"""Packed attention: masks of causal, full and noise splits, and the back ends that apply them.
+
+A query may see a key when both lie in one sample, and (the key is not later, or both lie in the
+same full or noise split), and the key is not in another noise split.
+
+Shape legend: S tokens, Hq query heads, Hk key heads (Hq a multiple of Hk), E head size.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from .batch import AttentionMode
+
+
+class Attention(Protocol):
+    """What decoder layers call: `layer` lets a cache find its keys and values."""
+
+    def __call__(self, layer: int, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor) -> Tensor: ...
+
+
+def grouped_sdpa(
+    q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """Softmax attention of one sequence; key heads are shared by views, never copied.
+
+    `mask` (queries, keys) is True where a query sees a key. Returns (queries, Hq, E).
+    """
+    queries, q_heads, size = q_SHE.shape
+    groups = q_heads // k_SHE.shape[1]
+    # (Hk, groups, S, E): the key heads are the batch, so that expanding over groups is a view.
+    q = q_SHE.unflatten(1, (-1, groups)).permute(1, 2, 0, 3)
+    k, v = (x.permute(1, 0, 2)[:, None].expand(-1, groups, -1, -1) for x in (k_SHE, v_SHE))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return out.permute(2, 0, 1, 3).reshape(queries, q_heads, size)
+
+
+def split_mask(
+    split_lens: Sequence[int], modes: Sequence[AttentionMode], device: torch.device | str
+) -> Tensor:
+    """(n, n) bool mask of one sample, True where the row (query) sees the column (key)."""
+    lens = torch.tensor(split_lens)
+    split = torch.repeat_interleave(torch.arange(len(lens)), lens)
+    noise = torch.repeat_interleave(torch.tensor([m == "noise" for m in modes]), lens)
+    both_ways = torch.repeat_interleave(torch.tensor([m != "causal" for m in modes]), lens)
+    index = torch.arange(len(split))
+    same_split = split[:, None] == split[None, :]
+    visible = (index[:, None] >= index[None, :]) | (same_split & both_ways[:, None])
+    visible &= same_split | ~noise[None, :]
+    return visible.to(device, non_blocking=True)
+
+
+class PackedAttention:
+    """Attention of a packed sequence, one `scaled_dot_product_attention` a sample.
+
+    The cost is linear in the number of samples; masks are built once and shared by all layers.
+    """
+
+    def __init__(
+        self,
+        sample_lens: Sequence[int],
+        split_lens: Sequence[int],
+        modes: Sequence[AttentionMode],
+        device: torch.device | str,
+    ) -> None:
+        self.sample_lens = list(sample_lens)
+        self.masks: list[Tensor | None] = []
+        first = 0
+        for length in sample_lens:
+            last, covered = first, 0
+            while covered < length:
+                covered += split_lens[last]
+                last += 1
+            only_causal = set(modes[first:last]) == {"causal"}
+            self.masks.append(
+                None if only_causal else split_mask(split_lens[first:last], modes[first:last], device)
+            )
+            first = last
+
+    def __call__(self, layer: int, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor) -> Tensor:
+        parts = [x.split(self.sample_lens) for x in (q_SHE, k_SHE, v_SHE)]
+        outs = [
+            grouped_sdpa(q, k, v, mask, causal=mask is None)
+            for q, k, v, mask in zip(*parts, self.masks, strict=True)
+        ]
+        return torch.cat(outs)
+
+
+class FlexPackedAttention:
+    """The same through flex attention and a block mask: one compiled kernel on a GPU."""
+
+    def __init__(
+        self,
+        sample_lens: Sequence[int],
+        split_lens: Sequence[int],
+        modes: Sequence[AttentionMode],
+        device: torch.device | str,
+    ) -> None:
+        on_device = {"device": device}
+        lens = torch.tensor(split_lens, **on_device)
+        sample = torch.repeat_interleave(
+            torch.arange(len(sample_lens), **on_device), torch.tensor(sample_lens, **on_device)
+        )
+        split = torch.repeat_interleave(torch.arange(len(lens), **on_device), lens)
+        noise = torch.repeat_interleave(
+            torch.tensor([m == "noise" for m in modes], **on_device), lens
+        )
+        both_ways = torch.repeat_interleave(
+            torch.tensor([m != "causal" for m in modes], **on_device), lens
+        )
+
+        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            same_split = split[q] == split[k]
+            ordered = (q >= k) | (same_split & both_ways[q])
+            return (sample[q] == sample[k]) & ordered & (same_split | ~noise[k])
+
+        n = len(sample)
+        self.block_mask: BlockMask = create_block_mask(visible, None, None, n, n, device=str(device))
+        self.kernel = torch.compile(flex_attention) if lens.is_cuda else flex_attention
+
+    def __call__(self, layer: int, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_SHE, k_SHE, v_SHE))
+        out = self.kernel(q, k, v, block_mask=self.block_mask, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+
+BACKENDS = {"sdpa": PackedAttention, "flex": FlexPackedAttention}
+
+
+def packed_attention(
+    sample_lens: Sequence[int],
+    split_lens: Sequence[int],
+    modes: Sequence[AttentionMode],
+    device: torch.device | str,
+    backend: str = "sdpa",
+) -> Attention:
+    """The attention of one packed batch; `backend` is `sdpa` (everywhere) or `flex` (GPU)."""
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend {backend!r} is none of {sorted(BACKENDS)}")
+    return BACKENDS[backend](sample_lens, split_lens, modes, device)

@@ -1,0 +1,234 @@
+"""FLUX autoencoder: images in [-1, 1] to latents of `z_channels` and back.
+
+Shape legend: B images, C image channels, H and W pixels, Z latent channels, h = H / downsample.
+Submodule names are the tensor names of `ae.safetensors`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+NORM_GROUPS = 32
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """Sizes of the autoencoder; field names are those of `vae_config.json`."""
+
+    in_channels: int = 3
+    out_ch: int = 3
+    ch: int = 128
+    """Channels of the highest-resolution level; a multiple of 32 (GroupNorm)."""
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 16
+    scale_factor: float = 0.3611
+    shift_factor: float = 0.1159
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
+        if self.ch % NORM_GROUPS:
+            raise ValueError(f"vae ch={self.ch} is no multiple of {NORM_GROUPS} (GroupNorm)")
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per latent along each side."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
+
+
+def _conv3(c_in: int, c_out: int) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(c_in)
+        self.conv1 = _conv3(c_in, c_out)
+        self.norm2 = _norm(c_out)
+        self.conv2 = _conv3(c_out, c_out)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all pixels of one image."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q, self.k, self.v, self.proj_out = (
+            nn.Conv2d(channels, channels, 1) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (conv(normed).flatten(2).mT[:, None] for conv in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v)[:, 0].mT.reshape(x.shape)
+        return x + self.proj_out(out)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = _conv3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, then the change to the next (absent at the last)."""
+
+    def __init__(self, channels: list[int], resample: str | None) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(
+            ResnetBlock(a, b) for a, b in zip(channels, channels[1:], strict=False)
+        )
+        if resample == "downsample":
+            self.downsample = Downsample(channels[-1])
+        elif resample == "upsample":
+            self.upsample = Upsample(channels[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.block:
+            x = module(x)
+        for name in ("downsample", "upsample"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        last = len(widths) - 1
+        self.conv_in = _conv3(config.in_channels, config.ch)
+        self.down = nn.ModuleList(
+            Level(
+                [([config.ch, *widths])[i]] + [width] * config.num_res_blocks,
+                "downsample" if i < last else None,
+            )
+            for i, width in enumerate(widths)
+        )
+        self.mid = Middle(widths[-1])
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = _conv3(widths[-1], 2 * config.z_channels)
+
+    def forward(self, image_pm1: Tensor) -> Tensor:
+        h = self.conv_in(image_pm1)
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """Levels run from the coarsest `up.{last}` to `up.0`.
+
+    With `checkpointed_levels = n` the n finest levels are recomputed in backward instead of
+    stored: their activations are what runs out of memory at 512 x 512 and above.
+    """
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        self.conv_in = _conv3(config.z_channels, widths[-1])
+        self.mid = Middle(widths[-1])
+        inputs = [*widths[1:], widths[-1]]
+        self.up = nn.ModuleList(
+            Level(
+                [inputs[i]] + [width] * (config.num_res_blocks + 1), "upsample" if i > 0 else None
+            )
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = _norm(widths[0])
+        self.conv_out = _conv3(widths[0], config.out_ch)
+        self.checkpointed_levels = 0
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for i in reversed(range(len(self.up))):
+            if i < self.checkpointed_levels and torch.is_grad_enabled():
+                h = checkpoint(self.up[i], h, use_reentrant=False)
+            else:
+                h = self.up[i](h)
+        # Rounding the image to bf16 alone moves 1 - SSIM by half on low-contrast images, so the
+        # output layers leave autocast and run in fp32.
+        with torch.autocast(h.device.type, enabled=False):
+            dtype = torch.promote_types(h.dtype, torch.float32)
+            h = F.group_norm(
+                h.to(dtype),
+                NORM_GROUPS,
+                self.norm_out.weight.to(dtype),
+                self.norm_out.bias.to(dtype),
+                NORM_EPS,
+            )
+            conv = self.conv_out
+            return F.conv2d(F.silu(h), conv.weight.to(dtype), conv.bias.to(dtype), padding=1)
+
+
+class Autoencoder(nn.Module):
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.conv_in.weight.dtype
+
+    def encode(self, image_pm1_BCHW: Tensor, noise_BZhw: Tensor | None = None) -> Tensor:
+        """Scaled latents (B, Z, H/downsample, W/downsample) of images in [-1, 1].
+
+        The posterior mean, or, with `noise` ~ N(0, 1) of the latents' shape, a posterior sample.
+        H and W must be multiples of `config.downsample`; nothing is padded.
+        """
+        height, width = image_pm1_BCHW.shape[-2:]
+        if height % self.config.downsample or width % self.config.downsample:
+            raise ValueError(
+                f"image {height}x{width} is no multiple of the VAE stride {self.config.downsample}"
+            )
+        moments = self.encoder(image_pm1_BCHW.to(self.dtype))
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        if noise_BZhw is not None:
+            mean = mean + torch.exp(0.5 * log_variance) * noise_BZhw
+        return self.config.scale_factor * (mean - self.config.shift_factor)
+
+    def decode(self, latent_BZhw: Tensor) -> Tensor:
+        """Images (B, C, h*downsample, w*downsample), float32, nominally in [-1, 1], unclamped."""
+        z = latent_BZhw / self.config.scale_factor + self.config.shift_factor
+        return self.decoder(z.to(self.dtype))

@@ -1,0 +1,207 @@
+"""Bagel: understanding and generation in one packed decoder.
+
+Shape legend: S sequence tokens, d hidden size, L latent tokens, D numbers in a latent token,
+M latent tokens of target images.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import Attention, packed_attention
+from ..autoencoder import Autoencoder
+from ..batch import PackedBatch, TensorRecord, VaeImages, VitImages
+from ..flow import interpolate, velocity
+from ..geometry import patchify
+from .config import BagelConfig
+from .losses import LossSet, LossTerm, StepOutputs
+from .modeling_utils import MLPConnector, PositionEmbedding, TimestepEmbedder
+from .qwen2_navit import ExpertOrder, Qwen2ForCausalLM
+from .siglip_navit import SiglipNavitModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowInputs(TensorRecord):
+    """Clean latents and noise of all VAE images of a batch, as tokens."""
+
+    z0: Tensor
+    """(L, D) float32 scaled latents."""
+    noise: Tensor
+    """(L, D) float32."""
+
+
+class Bagel(nn.Module):
+    """The whole model; tensor names are those of the released checkpoints.
+
+    `vae` is a submodule so that one object does everything, but it lives in its own file
+    (`ae.safetensors`) and is frozen: gradients pass through its decoder, never into it.
+    """
+
+    def __init__(self, config: BagelConfig, losses: LossSet | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.losses = losses or LossSet()
+        hidden = config.llm.hidden_size
+        self.language_model = Qwen2ForCausalLM(
+            config.llm, config.head_dim, config.qk_norm, config.layer_module, config.freeze_und
+        )
+        if config.vae is not None:
+            self.time_embedder = TimestepEmbedder(hidden)
+            self.vae2llm = nn.Linear(config.patch_latent_dim, hidden)
+            self.llm2vae = nn.Linear(hidden, config.patch_latent_dim)
+            self.latent_pos_embed = PositionEmbedding(config.max_latent_size, hidden)
+            self.vae = Autoencoder(config.vae).requires_grad_(False)
+        if config.vit is not None:
+            self.vit_model = SiglipNavitModel(config.vit, config.vit_layers, config.vit_rope)
+            self.connector = MLPConnector(config.vit.hidden_size, hidden, config.connector_act)
+            self.vit_pos_embed = PositionEmbedding(config.vit_max_num_patch_per_side, hidden)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights and activations; inputs of another dtype are cast to it."""
+        return self.language_model.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.model.embed_tokens.weight.device
+
+    def init_weights(self, copy_init_moe: bool = True) -> None:
+        """Random initialisation: normal(0, initializer_range), `llm2vae` zero.
+
+        `copy_init_moe` copies the understanding expert into the generation expert.
+        """
+        std = self.config.llm.initializer_range
+        for name, module in self.named_modules():
+            if name.startswith("vae."):
+                continue
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, PositionEmbedding):
+                module.reset_parameters()
+        if self.config.vae is not None:
+            nn.init.zeros_(self.llm2vae.weight)
+            nn.init.zeros_(self.llm2vae.bias)
+        if copy_init_moe:
+            state = self.language_model.state_dict()
+            gen = {k: state[k.replace("_moe_gen", "")] for k in state if "_moe_gen" in k}
+            self.language_model.load_state_dict(gen, strict=False)
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        return self.language_model.model.embed_tokens(ids)
+
+    def embed_vit(self, vit: VitImages) -> Tensor:
+        """(P, d) features of ViT patches, projected and placed."""
+        features = self.vit_model(vit.patches, vit.position_ids, vit.lens)
+        return self.connector(features) + self.vit_pos_embed(vit.position_ids)
+
+    def embed_latents(self, z_LD: Tensor, t_L: Tensor, position_ids: Tensor) -> Tensor:
+        """(L, d) inputs of latent tokens at times t_L in [0, 1]."""
+        latents = self.vae2llm(z_LD.to(self.vae2llm.weight.dtype))
+        return latents + self.time_embedder(t_L) + self.latent_pos_embed(position_ids)
+
+    @torch.no_grad()
+    def encode_images(
+        self, images_pm1: list[Tensor] | tuple[Tensor, ...], noise: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Latents (Z, h, w) float32 of images (3, H, W) in [-1, 1], each at its own size.
+
+        Posterior means, or samples with `noise` of the latents' shapes. Same-size images share
+        one pass; nothing is padded, because the encoder's norms would see the padding.
+        """
+        by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+        for i, image in enumerate(images_pm1):
+            by_shape[image.shape].append(i)
+        latents: dict[int, Tensor] = {}
+        for members in by_shape.values():
+            stacked = torch.stack([images_pm1[i] for i in members])
+            drawn = None if noise is None else torch.stack([noise[i] for i in members])
+            for i, latent in zip(members, self.vae.encode(stacked, drawn), strict=True):
+                latents[i] = latent.float()
+        return [latents[i] for i in range(len(images_pm1))]
+
+    def flow_inputs(self, vae: VaeImages) -> FlowInputs:
+        """Posterior samples and noise of a batch's images, drawn from each image's own seed."""
+        config, device = self.config, vae.indexes.device
+        posterior, noise = [], []
+        for seed, (h, w) in zip(vae.noise_seeds, vae.grids, strict=True):
+            generator = torch.Generator().manual_seed(seed)
+            p, z = config.latent_patch_size, self.vae.config.z_channels
+            posterior.append(torch.randn(z, h * p, w * p, generator=generator).to(device))
+            noise.append(torch.randn(h * w, config.patch_latent_dim, generator=generator))
+        latents = self.encode_images(vae.images, posterior)
+        z0 = torch.cat([patchify(latent, config.latent_patch_size) for latent in latents])
+        return FlowInputs(z0=z0, noise=torch.cat(noise).to(device))
+
+    def token_times(self, vae: VaeImages) -> Tensor:
+        """(L,) float32 shifted time of every latent token."""
+        times = torch.tensor(vae.times(self.config.timestep_shift), dtype=torch.float32)
+        per_token = times.repeat_interleave(torch.tensor(vae.lens))
+        return per_token.to(vae.indexes.device, non_blocking=True)
+
+    def embed(self, batch: PackedBatch, flow: FlowInputs | None) -> Tensor:
+        """(S, d) input embeddings of a packed batch in sequence order."""
+        und_grad = torch.is_grad_enabled() and not self.config.freeze_und
+        with torch.set_grad_enabled(und_grad):
+            parts, indexes = [self.embed_text(batch.text.ids)], [batch.text.indexes]
+            if batch.vit is not None:
+                parts.append(self.embed_vit(batch.vit))
+                indexes.append(batch.vit.indexes)
+        if batch.vae is not None and flow is not None:
+            t_L = self.token_times(batch.vae)
+            z_t = interpolate(flow.z0, flow.noise, t_L[:, None])
+            parts.append(self.embed_latents(z_t, t_L, batch.vae.position_ids))
+            indexes.append(batch.vae.indexes)
+        place = torch.cat(indexes).argsort()
+        return torch.cat([p.to(parts[0].dtype) for p in parts])[place]
+
+    def decode_tokens(
+        self,
+        embeddings: Tensor,
+        position_ids: Tensor,
+        gen_indexes: Tensor | None,
+        attention: Attention,
+    ) -> Tensor:
+        """(S, d) embeddings -> (S, d) hidden states after the final norms, sequence order."""
+        tokens = ExpertOrder.of(len(embeddings), gen_indexes, embeddings.device)
+        return self.language_model.model(embeddings, position_ids, tokens, attention)
+
+    def hidden_states(self, batch: PackedBatch, flow: FlowInputs | None) -> Tensor:
+        """(S, d) hidden states of a packed batch after the final norms."""
+        attention = packed_attention(
+            batch.sample_lens,
+            batch.split_lens,
+            batch.attn_modes,
+            batch.position_ids.device,
+            self.config.attention_backend,
+        )
+        gen_indexes = None if batch.vae is None else batch.vae.indexes
+        return self.decode_tokens(
+            self.embed(batch, flow), batch.position_ids, gen_indexes, attention
+        )
+
+    def step_outputs(self, batch: PackedBatch, flow: FlowInputs | None = None) -> StepOutputs:
+        """Everything that loss terms read. `flow` replaces the drawn latents and noise."""
+        if batch.vae is not None and flow is None:
+            flow = self.flow_inputs(batch.vae)
+        hidden = self.hidden_states(batch, flow)
+        if batch.vae is None or flow is None:
+            return StepOutputs(model=self, batch=batch, hidden=hidden)
+        target = batch.vae.target_tokens()
+        return StepOutputs(
+            model=self,
+            batch=batch,
+            hidden=hidden,
+            velocity_pred=self.llm2vae(hidden[batch.vae.indexes[target]]).float(),
+            velocity_true=velocity(flow.z0, flow.noise)[target],
+            clean=flow.z0[target],
+        )
+
+    def forward(
+        self, batch: PackedBatch, flow: FlowInputs | None = None
+    ) -> dict[str, LossTerm]:
+        """The (sum, count) of every configured loss term that this batch has something for."""
+        return self.losses(self.step_outputs(batch, flow))

@@ -1,0 +1,279 @@
+"""Cached decoding: contexts that grow segment by segment, text decoding, guided image sampling.
+
+The decoder, the embeddings and the attention are those of training; only keys and values of the
+past come from a cache.
+
+Shape legend: n new tokens, L latent tokens, D numbers in a latent token, Hk key heads, E head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..attention import grouped_sdpa
+from ..batch import AttentionMode, SpecialTokens, VitImages
+from ..flow import euler, euler_times
+from ..geometry import patchify, position_ids, unpatchify
+from .bagel import Bagel
+
+RENORM_EPS = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Euler steps and guidance of image sampling."""
+
+    num_timesteps: int = 50
+    """Times from 1 to 0, both included: one more than Euler steps."""
+    timestep_shift: float = 1.0
+    cfg_text_scale: float = 1.0
+    """Guidance away from the context without instruction; <= 1 turns all guidance off."""
+    cfg_img_scale: float = 1.0
+    """Guidance away from the context without images; <= 1 turns the image branch off."""
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    """Guidance acts where low < t <= high."""
+    cfg_renorm_type: Literal["global", "channel", "text_channel"] = "global"
+    cfg_renorm_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.cfg_renorm_type not in ("global", "channel", "text_channel"):
+            raise ValueError(
+                f"cfg_renorm_type {self.cfg_renorm_type!r} is none of global, channel, text_channel"
+            )
+
+
+class KVCache:
+    """Keys and values of all layers, preallocated; grows by doubling, never by a token."""
+
+    def __init__(self, model: Bagel, capacity: int = 512) -> None:
+        llm = model.config.llm
+        shape = (llm.num_hidden_layers, 2, capacity, llm.num_key_value_heads, model.config.head_dim)
+        self.store = torch.empty(shape, dtype=model.dtype, device=model.device)
+        self.length = 0
+
+    def reserve(self, new_tokens: int) -> None:
+        needed, capacity = self.length + new_tokens, self.store.shape[2]
+        if needed > capacity:
+            grown = self.store.new_empty(
+                *self.store.shape[:2], max(needed, 2 * capacity), *self.store.shape[3:]
+            )
+            grown[:, :, : self.length] = self.store[:, :, : self.length]
+            self.store = grown
+
+    def attend(
+        self, mode: AttentionMode, layer: int, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """Attention of n new tokens to the past and to themselves, causally or both ways.
+
+        Their keys and values are written behind the past; `length` is not moved.
+        """
+        past, n = self.length, len(q)
+        keys, values = self.store[layer, :, : past + n]
+        keys[past:], values[past:] = k, v
+        mask = None
+        if mode == "causal" and n > 1 and past > 0:
+            mask = torch.ones(n, past + n, dtype=torch.bool, device=q.device).tril(past)
+        causal = mode == "causal" and n > 1 and past == 0
+        q, keys = q.to(values.dtype), keys
+        return grouped_sdpa(q, keys, values, mask, causal)
+
+
+class Context:
+    """One sample's growing context: cached keys and values and the next rope position."""
+
+    def __init__(self, model: Bagel, tokens: SpecialTokens) -> None:
+        self.model, self.tokens = model, tokens
+        self.cache = KVCache(model)
+        self.position = 0
+
+    def _run(
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        mode: AttentionMode,
+        gen_indexes: Tensor | None = None,
+    ) -> Tensor:
+        self.cache.reserve(len(embeddings))
+
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self.cache.attend(mode, layer, q, k, v)
+
+        return self.model.decode_tokens(
+            embeddings.to(self.model.dtype), positions, gen_indexes, attention
+        )
+
+    def _ids(self, ids: list[int]) -> Tensor:
+        return torch.tensor(ids, device=self.model.device)
+
+    def append_ids(self, ids: list[int]) -> Tensor:
+        """Adds bare token ids causally; (n, d) hidden states."""
+        positions = torch.arange(
+            self.position, self.position + len(ids), device=self.model.device
+        )
+        hidden = self._run(self.model.embed_text(self._ids(ids)), positions, "causal")
+        self.cache.length += len(ids)
+        self.position += len(ids)
+        return hidden
+
+    def add_text(self, ids: list[int]) -> None:
+        """Adds bos, ids, eos."""
+        self.append_ids([self.tokens.bos, *ids, self.tokens.eos])
+
+    def _with_ends(self, embeddings: Tensor) -> Tensor:
+        ends = self.model.embed_text(self._ids([self.tokens.image_start, self.tokens.image_end]))
+        return torch.cat([ends[:1], embeddings.to(ends.dtype), ends[1:]])
+
+    def _image(self, embeddings: Tensor, generated: bool) -> Tensor:
+        """Runs start, image tokens, end at one shared position, attending both ways."""
+        n = len(embeddings)
+        positions = torch.full((n + 2,), self.position, device=self.model.device)
+        gen_indexes = torch.arange(1, n + 1, device=self.model.device) if generated else None
+        return self._run(self._with_ends(embeddings), positions, "full", gen_indexes)
+
+    def _commit_image(self, num_tokens: int) -> None:
+        self.cache.length += num_tokens + 2
+        self.position += 1
+
+    def add_vit_image(self, image_pm1: Tensor) -> None:
+        """Adds an image (3, H, W) in [-1, 1] through the ViT; sides are multiples of its patch."""
+        config, device = self.model.config, self.model.device
+        patch = config.vit.patch_size
+        h, w = image_pm1.shape[1] // patch, image_pm1.shape[2] // patch
+        ids = position_ids(h, w, config.vit_max_num_patch_per_side, config.interpolate_pos)
+        patches = patchify(image_pm1.to(device), patch)
+        vit = VitImages(
+            patches=patches,
+            position_ids=ids.to(device),
+            indexes=torch.arange(h * w),
+            lens=(h * w,),
+        )
+        self._image(self.model.embed_vit(vit), generated=False)
+        self._commit_image(h * w)
+
+    def add_vae_image(self, image_pm1: Tensor) -> None:
+        """Adds an image (3, H, W) in [-1, 1] as clean latents (t = 0, posterior mean)."""
+        config, device = self.model.config, self.model.device
+        latent = self.model.encode_images([image_pm1.to(device)])[0]
+        z = patchify(latent, config.latent_patch_size)
+        ids = self.latent_position_ids(latent_grid(self.model, image_pm1.shape[-2:]))
+        embeddings = self.model.embed_latents(z, z.new_zeros(len(z)), ids)
+        self._image(embeddings, generated=True)
+        self._commit_image(len(z))
+
+    def latent_position_ids(self, grid: tuple[int, int]) -> Tensor:
+        config = self.model.config
+        ids = position_ids(*grid, config.max_latent_size, config.interpolate_pos)
+        return ids.to(self.model.device)
+
+    def velocity(self, x_LD: Tensor, t: float, ids: Tensor) -> Tensor:
+        """(L, D) float32 velocity of the image x_t as the next segment; the cache stays as it is."""
+        embeddings = self.model.embed_latents(x_LD, x_LD.new_full((len(x_LD),), t), ids)
+        hidden = self._image(embeddings, generated=True)
+        return self.model.llm2vae(hidden[1:-1]).float()
+
+    def generate_text(
+        self,
+        max_new_tokens: int,
+        num_valid_ids: int,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        stop_at_eos: bool = True,
+    ) -> list[int]:
+        """Decodes from bos; ids without bos and eos. The context then holds bos, ids, eos.
+
+        Greedy at temperature 0, else sampled. Ids from `num_valid_ids` (the tokenizer's size) on
+        lie in the padded part of the vocabulary and cannot be drawn. Without `stop_at_eos` exactly
+        `max_new_tokens` ids are drawn and nothing is appended after them.
+        """
+        ids: list[int] = []
+        next_id = self.tokens.bos
+        while len(ids) < max_new_tokens:
+            hidden = self.append_ids([next_id])
+            logits = self.model.language_model.lm_head(hidden[-1]).float()[:num_valid_ids]
+            if temperature > 0:
+                probabilities = (logits / temperature).softmax(0)
+                next_id = int(torch.multinomial(probabilities, 1, generator=generator))
+            else:
+                next_id = int(logits.argmax())
+            if stop_at_eos and next_id == self.tokens.eos:
+                break
+            ids.append(next_id)
+        if stop_at_eos:
+            unseen = ids[-1:] if next_id != self.tokens.eos else []
+            self.append_ids([*unseen, self.tokens.eos])
+        return ids
+
+
+def latent_grid(model: Bagel, image_hw: tuple[int, int] | torch.Size) -> tuple[int, int]:
+    """Rows and columns of latent tokens of an image of H x W pixels."""
+    stride = model.config.latent_stride
+    height, width = image_hw
+    if height % stride or width % stride:
+        raise ValueError(f"image {height}x{width} is no multiple of the latent stride {stride}")
+    return height // stride, width // stride
+
+
+def guided_velocity(
+    v: Tensor, v_text: Tensor, v_image: Tensor | None, config: SamplingConfig
+) -> Tensor:
+    """Combines (L, D) velocities of the full context, without instruction and without images.
+
+    `v_image` None leaves the image branch out. Norms are rescaled to that of `v` at most:
+    `global` over the sample, `channel` per token, `text_channel` per token before the image branch.
+    """
+    guided = v_text + config.cfg_text_scale * (v - v_text)
+    if config.cfg_renorm_type == "text_channel":
+        guided = _renorm(v, guided, config.cfg_renorm_min, per_token=True)
+    if v_image is not None:
+        guided = v_image + config.cfg_img_scale * (guided - v_image)
+    if config.cfg_renorm_type == "text_channel":
+        return guided
+    return _renorm(v, guided, config.cfg_renorm_min, config.cfg_renorm_type == "channel")
+
+
+def _renorm(reference: Tensor, guided: Tensor, minimum: float, per_token: bool) -> Tensor:
+    dims = -1 if per_token else (-2, -1)
+    norm, guided_norm = (x.norm(dim=dims, keepdim=True) for x in (reference, guided))
+    return guided * (norm / (guided_norm + RENORM_EPS)).clamp(minimum, 1.0)
+
+
+@torch.no_grad()
+def sample_latents(
+    context: Context,
+    noise_LD: Tensor,
+    grid: tuple[int, int],
+    config: SamplingConfig,
+    without_text: Context | None = None,
+    without_images: Context | None = None,
+) -> Tensor:
+    """Latent tokens (L, D) float32 of one image, from noise by Euler steps with guidance.
+
+    `without_text` is needed when cfg_text_scale > 1, `without_images` when also cfg_img_scale > 1.
+    """
+    text_on = config.cfg_text_scale > 1
+    image_on = text_on and config.cfg_img_scale > 1
+    if (text_on and without_text is None) or (image_on and without_images is None):
+        raise ValueError("guidance needs its own contexts, see cfg_text_scale and cfg_img_scale")
+    ids = context.latent_position_ids(grid)
+    low, high = config.cfg_interval
+
+    def velocity_at(x: Tensor, t: float) -> Tensor:
+        v = context.velocity(x, t, ids)
+        if not text_on or not low < t <= high:
+            return v
+        v_image = without_images.velocity(x, t, ids) if image_on else None
+        return guided_velocity(v, without_text.velocity(x, t, ids), v_image, config)
+
+    times = euler_times(config.num_timesteps, config.timestep_shift)
+    return euler(noise_LD.float(), velocity_at, times)
+
+
+@torch.no_grad()
+def decode_image(model: Bagel, tokens_LD: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Image (3, H, W) float32, nominally in [-1, 1], unclamped, of latent tokens."""
+    latent = unpatchify(tokens_LD, *grid, model.config.latent_patch_size)
+    return model.vae.decode(latent[None])[0]

@@ -1,0 +1,76 @@
+"""Small parts of BAGEL: position table, time embedder, connector."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+TIME_FREQUENCIES = 128
+MAX_PERIOD = 10_000.0
+
+
+def _sin_cos(position: Tensor, channels: int) -> Tensor:
+    """(n,) positions -> (n, channels): sines then cosines of geometric frequencies, float64."""
+    omega = torch.arange(channels // 2, dtype=torch.float64) / (channels / 2)
+    angle = position.double()[:, None] * (1.0 / MAX_PERIOD**omega)[None, :]
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def sin_cos_table(side: int, channels: int) -> Tensor:
+    """(side * side, channels) float32: half of the channels from the column, half from the row."""
+    index = torch.arange(side * side)
+    half = channels // 2
+    return torch.cat([_sin_cos(index % side, half), _sin_cos(index // side, half)], dim=1).float()
+
+
+class PositionEmbedding(nn.Module):
+    """Fixed 2-D sin-cos table; in the state dict, never trained."""
+
+    pos_embed: Tensor
+
+    def __init__(self, side: int, channels: int) -> None:
+        super().__init__()
+        self.side = side
+        self.register_buffer("pos_embed", torch.empty(side * side, channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if not self.pos_embed.is_meta:
+            self.pos_embed.copy_(sin_cos_table(self.side, self.pos_embed.shape[1]))
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """(n,) int64 -> (n, channels)."""
+        return self.pos_embed[position_ids]
+
+
+class TimestepEmbedder(nn.Module):
+    """t in [0, 1] (not scaled) -> hidden."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * TIME_FREQUENCIES, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(n,) float32 -> (n, hidden)."""
+        i = torch.arange(TIME_FREQUENCIES, dtype=torch.float32, device=t.device)
+        angle = t[:, None].float() * torch.exp(-math.log(MAX_PERIOD) * i / TIME_FREQUENCIES)
+        features = torch.cat([angle.cos(), angle.sin()], dim=1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class MLPConnector(nn.Module):
+    """ViT features -> hidden size of the language model."""
+
+    def __init__(self, in_dim: int, out_dim: int, act: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_dim, out_dim)
+        self.fc2 = nn.Linear(out_dim, out_dim)
+        self.act = ACT2FN[act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))

@@ -1,0 +1,134 @@
+"""Packed SigLIP: images of any size as one sequence of patches, each attending to itself.
+
+Shape legend: P patches of all images, V hidden size, A heads, E head size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipMLP
+
+ROPE_BASE = 10_000.0
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([-b, a], dim=-1)
+
+
+def rope_2d(position_ids: Tensor, side: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (P, head_dim): first half of the channels by row, second by column.
+
+    `position_ids` are row * side + column; each half is half-rotated over its own size.
+    """
+    half = head_dim // 2
+    frequency = ROPE_BASE ** -(
+        torch.arange(0, half, 2, dtype=torch.float32, device=position_ids.device) / half
+    )
+    coordinates = torch.stack([position_ids // side, position_ids % side], dim=1)
+    angle = coordinates[:, :, None].float() * frequency
+    angle = torch.cat([angle, angle], dim=2).flatten(1)
+    return angle.cos(), angle.sin()
+
+
+class SiglipEmbeddings(nn.Module):
+    def __init__(self, config: SiglipVisionConfig, rope: bool, table_side: int) -> None:
+        super().__init__()
+        patch_dim = config.num_channels * config.patch_size**2
+        self.patch_embedding = nn.Linear(patch_dim, config.hidden_size)
+        self.position_embedding = (
+            None if rope else nn.Embedding(table_side**2, config.hidden_size)
+        )
+
+    def forward(self, patches: Tensor, position_ids: Tensor) -> Tensor:
+        x = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))
+        return x if self.position_embedding is None else x + self.position_embedding(position_ids)
+
+
+class SiglipAttention(nn.Module):
+    def __init__(self, config: SiglipVisionConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(width, width) for _ in range(4)
+        )
+
+    def forward(
+        self, x_PV: Tensor, lens: Sequence[int], rope: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        q, k, v = (
+            proj(x_PV).unflatten(1, (self.heads, -1))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if rope is not None:
+            q, k = (_rotate(x, *rope) for x in (q, k))
+        outs = [
+            F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in image))[0]
+            for image in zip(*(x.split(list(lens)) for x in (q, k, v)), strict=True)
+        ]
+        return self.out_proj(torch.cat(outs, dim=1).transpose(0, 1).flatten(1))
+
+
+def _rotate(x_PAE: Tensor, cos_PE: Tensor, sin_PE: Tensor) -> Tensor:
+    row, column = x_PAE.float().chunk(2, dim=-1)
+    rotated = torch.cat([rotate_half(row), rotate_half(column)], dim=-1)
+    return (x_PAE.float() * cos_PE[:, None] + rotated * sin_PE[:, None]).to(x_PAE.dtype)
+
+
+class SiglipEncoderLayer(nn.Module):
+    def __init__(self, config: SiglipVisionConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = SiglipAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = SiglipMLP(config)
+
+    def forward(
+        self, x: Tensor, lens: Sequence[int], rope: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), lens, rope)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class SiglipEncoder(nn.Module):
+    def __init__(self, config: SiglipVisionConfig, num_layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(num_layers))
+
+
+class SiglipVisionTransformer(nn.Module):
+    def __init__(self, config: SiglipVisionConfig, num_layers: int, rope: bool, side: int) -> None:
+        super().__init__()
+        self.embeddings = SiglipEmbeddings(config, rope, side)
+        self.encoder = SiglipEncoder(config, num_layers)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class SiglipNavitModel(nn.Module):
+    """The released SigLIP's first `num_layers` layers, packed.
+
+    Position ids count on a table of side `image_size / patch_size`, also for rope.
+    """
+
+    def __init__(self, config: SiglipVisionConfig, num_layers: int, rope: bool) -> None:
+        super().__init__()
+        self.rope_head_dim = config.hidden_size // config.num_attention_heads if rope else None
+        self.side = config.image_size // config.patch_size
+        self.vision_model = SiglipVisionTransformer(config, num_layers, rope, self.side)
+
+    def forward(self, patches: Tensor, position_ids: Tensor, lens: Sequence[int]) -> Tensor:
+        """(P, patch_dim) in [-1, 1] and (P,) int64 -> (P, V); `lens` are patches per image."""
+        model = self.vision_model
+        rope = (
+            None
+            if self.rope_head_dim is None
+            else rope_2d(position_ids, self.side, self.rope_head_dim)
+        )
+        x = model.embeddings(patches, position_ids)
+        for layer in model.encoder.layers:
+            x = layer(x, lens, rope)
+        return model.post_layernorm(x)

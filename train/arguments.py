@@ -1,0 +1,258 @@
+"""Arguments of a run: dataclasses, filled from YAML files (`extends`) and the command line.
+
+Later sources win: defaults < YAML < command line. Unknown names raise and name the nearest one.
+The table of resolved values with the source of each is printed and saved with the run.
+"""
+
+import difflib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args
+
+import yaml
+
+ABSENT = "default"
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    model_path: str | None = None
+    """Checkpoint folder in BAGEL's layout: configs, tokenizer, weights and autoencoder."""
+    llm_qk_norm: bool | None = None
+    """None takes this and the following sizes from the checkpoint; a value must agree with it."""
+    layer_module: str | None = None
+    max_latent_size: int | None = None
+    latent_patch_size: int | None = None
+    vit_max_num_patch_per_side: int | None = None
+    connector_act: str | None = None
+    interpolate_pos: bool | None = None
+    vit_select_layer: int | None = None
+    vit_rope: bool | None = None
+    attention_backend: str = "sdpa"
+    """`sdpa` (everywhere) or `flex` (GPU)."""
+    text_cond_dropout_prob: float = 0.1
+    """Probability that a condition is left out of a sample, so that guidance can be used."""
+    vae_cond_dropout_prob: float = 0.3
+    vit_cond_dropout_prob: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name in ("text", "vae", "vit"):
+            p = getattr(self, f"{name}_cond_dropout_prob")
+            _require(0 <= p <= 1, f"{name}_cond_dropout_prob={p} is no probability")
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    dataset_config_file: str | None = None
+    """YAML data mixture."""
+    data_root: str | None = None
+    """Stands for ${data_root} in the mixture; default: the mixture's own folder."""
+    data_seed: int = 42
+    expected_num_tokens: int = 32768
+    """Tokens at which a pack is full."""
+    max_num_tokens: int = 36864
+    """Tokens that no pack exceeds."""
+    max_num_tokens_per_sample: int = 16384
+    """Longer samples are dropped and counted."""
+    full_noise_fraction: float = 0.0
+    """Share of the target images at t = 1, where few-step sampling starts."""
+
+
+@dataclass(kw_only=True)
+class TrainingArguments:
+    visual_gen: bool = True
+    """Train the velocity of VAE latents."""
+    visual_und: bool = True
+    """Train the cross-entropy of answers."""
+    checkpoint_dir: str = "results/checkpoints"
+    """Run folder: step folders, metrics.jsonl, training_args.json."""
+    max_checkpoints: int = 5
+    """Newest step folders that are kept."""
+    global_seed: int = 4396
+    auto_resume: bool = True
+    """Continue from the newest complete step folder of `checkpoint_dir`, if there is one."""
+    resume_from: str | None = None
+    """Continue from this step folder."""
+    finetune_from_ema: bool = False
+    """Start from `ema.safetensors` of `model_path`; False starts from `model.safetensors`."""
+    init_from_scratch: bool = False
+    """Random initial weights (configs, tokenizer and autoencoder still from `model_path`)."""
+    copy_init_moe: bool = True
+    """From scratch: the generation expert starts as a copy of the understanding expert."""
+    log_every: int = 10
+    """Steps between log lines."""
+    save_every: int = 2000
+    """Steps between checkpoints; the last step is always saved."""
+    total_steps: int = 500_000
+    warmup_steps: int = 2000
+    lr_scheduler: str = "constant"
+    """`constant` or `cosine` (to min_lr), both after a linear warm-up."""
+    lr: float = 1e-4
+    min_lr: float = 1e-7
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-15
+    ema: float = 0.9999
+    """Decay of the exponential moving average of the weights, per step."""
+    max_grad_norm: float = 1.0
+    """Global L2 norm at which gradients are clipped."""
+    timestep_shift: float | None = None
+    """Warp of training times; None keeps the checkpoint's."""
+    ce_weight: float = 1.0
+    mse_weight: float = 1.0
+    pixel_loss_weight: float = 0.0
+    pixel_loss_type: str = "l1"
+    """`l1`, `l2` or `mse` (the same as l2)."""
+    pixel_loss_max_t: float = 0.3
+    """Only images with t below it contribute, weighted by (max_t - t) / max_t."""
+    ssim_loss_weight: float = 0.0
+    ssim_loss_max_t: float = 0.1
+    ssim_window_size: int = 11
+    """Odd side of the Gaussian window, in pixels."""
+    ssim_grad_scale: float = 0.1
+    """Factor on the gradient between SSIM and decoder: for the gradient the same as the weight."""
+    freeze_llm: bool = False
+    freeze_vit: bool = False
+    freeze_vae: bool = True
+    freeze_und: bool = False
+    """Understanding activations are constants; MoT layers only."""
+    bf16: bool = False
+    """Autocast to bfloat16; weights, gradients and EMA stay float32."""
+    device: str = "auto"
+    """`auto` (a GPU if there is one), `cpu` or `cuda`."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr_scheduler in ("constant", "cosine"), f"lr_scheduler={self.lr_scheduler}")
+        _require(
+            self.pixel_loss_type in ("l1", "l2", "mse"),
+            f"pixel_loss_type={self.pixel_loss_type!r} is none of l1, l2, mse",
+        )
+        _require(
+            self.ssim_window_size % 2 == 1 and self.ssim_window_size > 0,
+            f"ssim_window_size={self.ssim_window_size} must be odd",
+        )
+        for name in ("pixel_loss_max_t", "ssim_loss_max_t"):
+            _require(0 < getattr(self, name) <= 1, f"{name}={getattr(self, name)} is not in (0, 1]")
+        pixel_space = self.pixel_loss_weight > 0 or self.ssim_loss_weight > 0
+        _require(
+            self.visual_gen or not pixel_space,
+            "pixel_loss_weight and ssim_loss_weight need the VAE decoder, "
+            "which visual_gen=False does not build",
+        )
+        _require(self.freeze_vae, "freeze_vae=False: the autoencoder is not trained here")
+        _require(0 <= self.ema < 1, f"ema={self.ema} is no decay in [0, 1)")
+        _require(
+            not (self.init_from_scratch and self.finetune_from_ema),
+            "init_from_scratch and finetune_from_ema contradict each other",
+        )
+        _require(
+            not (self.freeze_llm and self.freeze_und),
+            "freeze_llm already freezes what freeze_und would",
+        )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass
+class RunArguments:
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    sources: dict[str, str] = field(default_factory=dict)
+    """Where each value that is not a default came from."""
+
+    def table(self) -> str:
+        """One line per argument: name, value, source."""
+        values = self.flat()
+        width = max(map(len, values))
+        return "\n".join(
+            f"{name:{width}s}  {value!s:24s}  {self.sources.get(name, ABSENT)}"
+            for name, value in values.items()
+        )
+
+    def flat(self) -> dict[str, Any]:
+        return asdict(self.model) | asdict(self.data) | asdict(self.training)
+
+    def save(self, path: Path) -> None:
+        content = {"arguments": self.flat(), "sources": self.sources}
+        path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+GROUPS = (ModelArguments, DataArguments, TrainingArguments)
+
+
+def _types() -> dict[str, Any]:
+    return {f.name: f.type for group in GROUPS for f in fields(group)}
+
+
+def parse_arguments(argv: list[str]) -> RunArguments:
+    """Resolves `--config FILE` and `--name value` pairs (`--flag` alone means True).
+
+    Raises ValueError for an unknown name (with file and nearest name), a value of the wrong type
+    or a contradiction between two arguments.
+    """
+    command_line = _command_line(argv)
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    config = command_line.pop("config", None)
+    layers = _yaml_layers(Path(config)) if config else []
+    for source, layer in [*layers, ("command line", command_line)]:
+        for name, raw in layer.items():
+            values[name] = _convert(name, raw, source)
+            sources[name] = source
+    groups = [
+        group(**{f.name: values[f.name] for f in fields(group) if f.name in values})
+        for group in GROUPS
+    ]
+    return RunArguments(*groups, sources=sources)
+
+
+def _command_line(argv: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    i = 0
+    while i < len(argv):
+        if not argv[i].startswith("--"):
+            raise ValueError(f"command line: {argv[i]!r} belongs to no --argument")
+        name, equals, value = argv[i][2:].partition("=")
+        if not equals and i + 1 < len(argv) and not argv[i + 1].startswith("--"):
+            i += 1
+            value = argv[i]
+        elif not equals:
+            value = "True"
+        values[name] = value
+        i += 1
+    return values
+
+
+def _yaml_layers(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The YAML file and those it extends, the deepest first."""
+    content = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a mapping of arguments is expected")
+    base = content.pop("extends", None)
+    deeper = _yaml_layers(path.parent / base) if base else []
+    return [*deeper, (str(path), content)]
+
+
+def _convert(name: str, raw: Any, source: str) -> Any:
+    types = _types()
+    if name not in types:
+        near = difflib.get_close_matches(name, types, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{source}: unknown argument {name!r}{hint}")
+    kind = types[name]
+    if isinstance(kind, UnionType):
+        if raw in (None, "None"):
+            return None
+        kind = next(t for t in get_args(kind) if t is not type(None))
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[str(raw).lower()]
+        return kind(raw)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{source}: {name}={raw!r} is no {kind.__name__}") from error

@@ -1,0 +1,156 @@
+"""Arguments -> objects, in one visible order."""
+
+from pathlib import Path
+
+import torch
+
+from data.config import load_mixture
+from data.loader import LoaderConfig, PackedLoader
+from data.packer import PackerConfig
+from data.tokenizer import load_tokenizer
+from modeling.bagel.bagel import Bagel
+from modeling.bagel.losses import CrossEntropy, LossSet, PixelTerm, SSIMTerm, Term, VelocityMSE
+from modeling.pretrained import LoadReport, load_architecture, load_pretrained
+
+from .arguments import RunArguments, TrainingArguments
+from .checkpoint import step_folders
+from .ema import EMA
+from .optim import apply_freeze_plan, build_optimizer, build_schedule
+from .trainer import Trainer
+
+MODEL_OVERRIDES = {
+    "llm_qk_norm": "qk_norm",
+    "layer_module": "layer_module",
+    "max_latent_size": "max_latent_size",
+    "latent_patch_size": "latent_patch_size",
+    "vit_max_num_patch_per_side": "vit_max_num_patch_per_side",
+    "connector_act": "connector_act",
+    "interpolate_pos": "interpolate_pos",
+    "vit_select_layer": "vit_select_layer",
+    "vit_rope": "vit_rope",
+}
+"""Argument -> field of the model's configuration; None keeps the checkpoint's value."""
+
+
+def build_trainer(args: RunArguments) -> Trainer:
+    """The run, resumed where it stopped if it has a checkpoint and `auto_resume` is on."""
+    device = pick_device(args.training.device)
+    torch.manual_seed(args.training.global_seed)
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    model, report = build_model(args)
+    print(report, flush=True)
+    model.to(device)
+    apply_freeze_plan(model, args.training)
+    terms = build_terms(args.training)
+    model.losses = LossSet(tuple(term for term, _ in terms))
+    optimizer = build_optimizer(model, args.training)
+    trainer = Trainer(
+        args=args,
+        model=model,
+        loader=build_loader(args, model),
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, args.training),
+        ema=EMA(model, args.training.ema),
+        weights={term.name: weight for term, weight in terms},
+        device=device,
+    )
+    if (folder := resume_folder(args.training)) is not None:
+        trainer.resume(folder)
+        print(f"resumed from {folder} at step {trainer.step}", flush=True)
+    return trainer
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def build_model(args: RunArguments) -> tuple[Bagel, LoadReport | str]:
+    """Loads `model_path` strictly in float32; random weights only when asked for."""
+    training, path = args.training, args.model.model_path
+    if path is None:
+        raise ValueError(
+            "--model_path is needed: a checkpoint folder. Random weights too take configs, "
+            "tokenizer and autoencoder from it (--init_from_scratch True)"
+        )
+    overrides = {
+        field: value
+        for name, field in MODEL_OVERRIDES.items()
+        if (value := getattr(args.model, name)) is not None
+    }
+    overrides |= {
+        "freeze_und": training.freeze_und,
+        "attention_backend": args.model.attention_backend,
+    }
+    if training.timestep_shift is not None:
+        overrides["timestep_shift"] = training.timestep_shift
+    if training.init_from_scratch:
+        model = load_architecture(path, overrides)
+        model.init_weights(training.copy_init_moe)
+        return model, f"RANDOM weights in the sizes of {path} (init_from_scratch)"
+    weights = "ema" if training.finetune_from_ema else "model"
+    return load_pretrained(path, weights, overrides=overrides, dtype=torch.float32)
+
+
+def build_terms(args: TrainingArguments) -> list[tuple[Term, float]]:
+    """Loss terms with a weight above 0. One rule: a pixel-space term needs the VAE decoder."""
+    power = 1 if args.pixel_loss_type == "l1" else 2
+    terms: list[tuple[Term, float]] = [
+        (CrossEntropy(), args.ce_weight if args.visual_und else 0.0),
+        (VelocityMSE(), args.mse_weight if args.visual_gen else 0.0),
+        (PixelTerm(power, args.pixel_loss_max_t), args.pixel_loss_weight),
+        (
+            SSIMTerm(args.ssim_loss_max_t, args.ssim_window_size, args.ssim_grad_scale),
+            args.ssim_loss_weight,
+        ),
+    ]
+    active = [(term, weight) for term, weight in terms if weight > 0]
+    if not active:
+        raise ValueError("every loss weight is 0: there is nothing to train")
+    return active
+
+
+def build_loader(args: RunArguments, model: Bagel) -> PackedLoader:
+    if args.data.dataset_config_file is None:
+        raise ValueError("--dataset_config_file is needed: a YAML data mixture")
+    data, config = args.data, model.config
+    packer = PackerConfig(
+        latent_stride=config.latent_stride,
+        max_latent_size=config.max_latent_size,
+        vit_patch_size=config.vit.patch_size,
+        vit_max_num_patch_per_side=config.vit_max_num_patch_per_side,
+        interpolate_pos=config.interpolate_pos,
+        text_cond_dropout_prob=args.model.text_cond_dropout_prob,
+        vae_cond_dropout_prob=args.model.vae_cond_dropout_prob,
+        vit_cond_dropout_prob=args.model.vit_cond_dropout_prob,
+        full_noise_fraction=data.full_noise_fraction,
+    )
+    loader = LoaderConfig(
+        data_seed=data.data_seed,
+        expected_num_tokens=data.expected_num_tokens,
+        max_num_tokens=data.max_num_tokens,
+        max_num_tokens_per_sample=data.max_num_tokens_per_sample,
+    )
+    mixture = load_mixture(data.dataset_config_file, data.data_root)
+    return PackedLoader(mixture, loader, packer, load_tokenizer(args.model.model_path))
+
+
+def resume_folder(args: TrainingArguments) -> Path | None:
+    """`resume_from`, or with `auto_resume` the newest complete step folder of the run."""
+    folders = step_folders(Path(args.checkpoint_dir))
+    if args.resume_from is not None:
+        if args.auto_resume and folders:
+            raise ValueError(
+                f"resume_from={args.resume_from} and auto_resume with {folders[-1]} contradict "
+                "each other: drop one"
+            )
+        return Path(args.resume_from)
+    if folders and not args.auto_resume:
+        raise ValueError(
+            f"{args.checkpoint_dir} already holds {folders[-1].name}: "
+            "choose another checkpoint_dir or --auto_resume True"
+        )
+    return folders[-1] if folders else None

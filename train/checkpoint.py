@@ -1,0 +1,112 @@
+"""Step folders: save completely or not at all, find the newest, keep the last few.
+
+A step folder is a checkpoint folder in BAGEL's layout (so inference reads it as it is) plus
+`optimizer.safetensors`, `trainer_state.json` and `training_args.json`. No file is a pickle.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from modeling.bagel.bagel import Bagel
+from modeling.pretrained import (
+    MANIFEST,
+    VAE_PREFIX,
+    save_pretrained,
+    save_safetensors,
+    verify_manifest,
+    weight_files,
+    write_manifest,
+)
+
+from .arguments import RunArguments
+from .ema import EMA
+
+STEP_FOLDER = re.compile(r"\d{7}")
+
+
+def step_folders(run: Path) -> list[Path]:
+    """Complete step folders, the oldest first."""
+    if not run.is_dir():
+        return []
+    return sorted(
+        p for p in run.iterdir() if STEP_FOLDER.fullmatch(p.name) and (p / MANIFEST).exists()
+    )
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    model: Bagel,
+    ema: EMA,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    args: RunArguments,
+) -> Path:
+    """Writes the step folder beside its place, then moves it there; drops the oldest ones."""
+    run.mkdir(parents=True, exist_ok=True)
+    final, staging = run / f"{step:07d}", run / f".saving-{step:07d}"
+    for debris in run.glob(".saving-*"):
+        shutil.rmtree(debris)
+    states = {"model": model.state_dict(), "ema": ema.state_dict(model)}
+    save_pretrained(model, staging, states, tokenizer_from=args.model.model_path)
+    save_safetensors(_optimizer_tensors(model, optimizer), staging / "optimizer.safetensors")
+    (staging / "trainer_state.json").write_text(json.dumps({"step": step} | state) + "\n")
+    args.save(staging / "training_args.json")
+    write_manifest(staging)
+    if final.exists():
+        shutil.rmtree(final)
+    staging.rename(final)
+    for old in step_folders(run)[: -args.training.max_checkpoints]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(
+    folder: Path, model: Bagel, ema: EMA, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Restores weights, EMA and optimizer in place; returns the trainer's state.
+
+    Raises CheckpointError when a file is missing or damaged.
+    """
+    verify_manifest(folder)
+    model.load_state_dict(_state(folder, "model") | _vae_state(model), strict=True)
+    ema.load_state_dict(_state(folder, "ema"))
+    _load_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
+    return json.loads((folder / "trainer_state.json").read_text())
+
+
+def _state(folder: Path, weights: Any) -> dict[str, Tensor]:
+    return {k: v for f in weight_files(folder, weights) for k, v in load_file(f).items()}
+
+
+def _vae_state(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v for k, v in model.state_dict().items() if k.startswith(VAE_PREFIX)}
+
+
+def _trained_names(model: nn.Module) -> list[str]:
+    return [n for n, p in model.named_parameters() if p.requires_grad]
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's tensors as `<parameter>/<exp_avg | exp_avg_sq | step>`."""
+    names, states = _trained_names(model), optimizer.state_dict()["state"]
+    return {f"{names[i]}/{key}": value for i, s in states.items() for key, value in s.items()}
+
+
+def _load_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for i, name in enumerate(_trained_names(model)):
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            if f"{name}/{key}" in tensors:
+                state.setdefault(i, {})[key] = tensors[f"{name}/{key}"]
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,33 @@
+"""Trains or fine-tunes a BAGEL: parse, build, fit.
+
+    python train/main_sr_pixel_loss.py --config configs/tiny/demo.yaml --total_steps 100
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from train.arguments import (  # noqa: E402
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    TrainingArguments,
+    parse_arguments,
+)
+from train.build import build_trainer  # noqa: E402
+
+__all__ = ["DataArguments", "ModelArguments", "RunArguments", "TrainingArguments", "main"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    print(args.table(), flush=True)
+    trainer = build_trainer(args)
+    trainer.run.mkdir(parents=True, exist_ok=True)
+    args.save(trainer.run / "training_args.json")
+    trainer.fit()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Numbers of a run: summed on the device, read once a log step, shown and written."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+
+class Metrics:
+    """Averages over the steps since the last log line; one JSONL line and one bar update each.
+
+    A value given as (sum, count) is averaged over counts, so that a loss term which saw nothing is
+    absent from the line rather than 0.
+    """
+
+    def __init__(self, path: Path, first_step: int, total_steps: int, device: torch.device) -> None:
+        self.path, self.device = path, device
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(),
+            console=Console(width=None if Console().is_terminal else 160),
+        )
+        self.task = self.progress.add_task("", completed=first_step, total=total_steps, shown="")
+        self._reset()
+
+    def __enter__(self) -> "Metrics":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def _reset(self) -> None:
+        self.sums: dict[str, Tensor | float] = {}
+        self.counts: dict[str, float] = {}
+        self.start = time.perf_counter()
+
+    def add(self, name: str, total: Tensor | float, count: float = 1.0) -> None:
+        detached = total.detach() if isinstance(total, Tensor) else total
+        self.sums[name] = self.sums.get(name, 0.0) + detached
+        self.counts[name] = self.counts.get(name, 0.0) + count
+
+    def log(self, step: int) -> dict[str, float]:
+        """Writes and returns the averages; the only place where the host waits for the device."""
+        seconds = time.perf_counter() - self.start
+        line = {
+            name: float(total) / self.counts[name]
+            for name, total in self.sums.items()
+            if self.counts[name] > 0
+        }
+        line["tokens_per_s"] = float(self.sums.get("tokens", 0.0)) / seconds
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step} | line) + "\n")
+        shown = "  ".join(
+            f"{name} {value:.3g}" for name, value in line.items() if name != "tokens"
+        )
+        self.progress.update(self.task, completed=step, shown=shown)
+        if not self.progress.console.is_terminal:
+            self.progress.console.print(f"step {step}  {shown}", highlight=False)
+        self._reset()
+        return line
