@@ -1,11 +1,11 @@
 """The data mixture: a YAML file -> MixtureConfig, every key checked.
 
-    restoration:
-      weight: 1
-      image_transform_args: {image_stride: 16, max_image_size: 1024, min_image_size: 512}
-      vit_image_transform_args: {image_stride: 14, max_image_size: 518, min_image_size: 224}
-      datasets:
-        - {name: ixi_t1, jsonl_path: "${data_root}/ixi/train.jsonl", data_dir: "${data_root}/ixi"}
+restoration:
+  weight: 1
+  image_transform_args: {image_stride: 16, max_image_size: 1024, min_image_size: 512}
+  vit_image_transform_args: {image_stride: 14, max_image_size: 518, min_image_size: 224}
+  datasets:
+    - {name: ixi_t1, jsonl_path: "${data_root}/ixi/train.jsonl", data_dir: "${data_root}/ixi"}
 """
 
 import difflib
@@ -17,10 +17,7 @@ import yaml
 
 from .transforms import ResizeRule
 
-TASKS = {
-    "restoration": "restoration",
-    "MedicalImageEditingIterableDataset_ver1": "restoration",
-}
+TASKS = {"restoration": "restoration", "MedicalImageEditingIterableDataset_ver1": "restoration"}
 """Task names of the top level, the users' class name included."""
 
 
@@ -59,9 +56,7 @@ def load_mixture(path: str | Path, data_root: str | Path | None = None) -> Mixtu
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: a mapping of tasks is expected")
     root = str(data_root or path.parent.resolve())
-    return MixtureConfig(
-        tuple(_group(path, name, group, root) for name, group in content.items())
-    )
+    return MixtureConfig(tuple(_group(path, name, group, root) for name, group in content.items()))
 
 
 def check_keys(where: str, found: Any, known: set[str], required: set[str]) -> None:

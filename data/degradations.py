@@ -30,9 +30,7 @@ def low_resolution(image_01: Array, factor: int) -> Array:
     if height % factor or width % factor:
         raise ValueError(f"image {height}x{width} is no multiple of the factor {factor}")
     blocks = image_01.reshape(height // factor, factor, width // factor, factor, -1)
-    return blocks.mean(axis=(1, 3)).reshape(
-        height // factor, width // factor, *image_01.shape[2:]
-    )
+    return blocks.mean(axis=(1, 3)).reshape(height // factor, width // factor, *image_01.shape[2:])
 
 
 def resize(image_01: Array, height: int, width: int, method: Image.Resampling) -> Array:

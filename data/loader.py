@@ -5,7 +5,7 @@ permutation, dropout, time and noise. So a stream resumes exactly from its posit
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -77,9 +77,9 @@ class PackedLoader:
             _Dataset(d, group, config.data_seed + i) for i, (group, d) in enumerate(pairs)
         ]
         sizes = np.array([len(d.records) for d in self.datasets], dtype=float)
-        weights = np.array([group.weight for group, _ in pairs])
-        per_group = np.array([sum(s for s, d in zip(sizes, self.datasets, strict=True) if d.group is g) for g, _ in pairs])
-        shares = weights * sizes / per_group
+        # A group's share is its weight; inside a group every record is equally likely.
+        in_group = [sizes[[d.group is group for d in self.datasets]].sum() for group, _ in pairs]
+        shares = np.array([group.weight for group, _ in pairs]) * sizes / np.array(in_group)
         self.shares = shares / shares.sum()
         self.draws = [0] * len(self.datasets)
         self.position = 0
@@ -135,6 +135,14 @@ class PackedLoader:
     def __iter__(self) -> Iterator[PackedBatch]:
         while True:
             yield self.next_batch()
+
+    def resize_rules(self) -> dict[str, Any]:
+        """Resize rules of the first group, as keys of a mixture."""
+        group = self.datasets[0].group
+        return {
+            "image_transform_args": asdict(group.image_transform_args),
+            "vit_image_transform_args": asdict(group.vit_image_transform_args),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position, "draws": list(self.draws), "too_long": self.too_long}

@@ -15,9 +15,8 @@ from modeling.batch import (
     VaeImages,
     VitImages,
 )
+from modeling.flow import CONDITIONING, logit_from_time
 from modeling.geometry import patchify, position_ids
-
-CONDITIONING = float("-inf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +71,18 @@ class PackerConfig:
     vae_cond_dropout_prob: float = 0.3
     vit_cond_dropout_prob: float = 0.3
     full_noise_fraction: float = 0.0
-    """Share of the target images at t = 1, where few-step sampling starts; the rest are at
-    t = sigmoid(N(0, 1)) before the shift."""
+    """Share of the target images at t = 1, where few-step sampling starts."""
+    low_t_fraction: float = 0.0
+    """Share with t uniform in (0, low_t_max]; the rest are at t = sigmoid(N(0, 1)), shifted."""
+    low_t_max: float = 1.0
+    timestep_shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.full_noise_fraction + self.low_t_fraction <= 1:
+            raise ValueError(
+                f"full_noise_fraction={self.full_noise_fraction} and "
+                f"pixel_space_t_fraction={self.low_t_fraction} exceed 1 together"
+            )
 
     def grid(self, segment: VitSegment | VaeSegment) -> tuple[int, int]:
         """Rows and columns of the tokens of an image."""
@@ -168,11 +177,7 @@ class Packer:
         return position + len(ids)
 
     def _add_image(
-        self,
-        segment: VitSegment | VaeSegment,
-        position: int,
-        name: str,
-        generator: torch.Generator,
+        self, segment: VitSegment | VaeSegment, position: int, name: str, generator: torch.Generator
     ) -> int:
         config, grid, start = self.config, self.config.grid(segment), self.num_tokens
         n = _area(grid)
@@ -196,9 +201,15 @@ class Packer:
         return position if target else position + 1
 
     def _time_logit(self, generator: torch.Generator) -> float:
-        full_noise = torch.rand((), generator=generator).item() < self.config.full_noise_fraction
+        config = self.config
+        kind = torch.rand((), generator=generator).item()
+        uniform = 1 - torch.rand((), generator=generator).item()
         logit = torch.randn((), generator=generator).item()
-        return float("inf") if full_noise else logit
+        if kind < config.full_noise_fraction:
+            return float("inf")
+        if kind < config.full_noise_fraction + config.low_t_fraction:
+            return logit_from_time(uniform * config.low_t_max, config.timestep_shift)
+        return logit
 
     def _close_split(self, positions: list[int], mode: AttentionMode) -> None:
         self.positions += positions

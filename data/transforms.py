@@ -35,14 +35,15 @@ class ResizeRule:
         if width * height > self.max_pixels:
             width, height = self._scaled(width, height, self.max_pixels / (width * height))
         if max(width, height) > self.max_image_size:
-            width, height = self._scaled(
-                width, height, self.max_image_size / max(width, height)
-            )
+            width, height = self._scaled(width, height, self.max_image_size / max(width, height))
         return width, height
 
     def _scaled(self, width: int, height: int, scale: float) -> tuple[int, int]:
         stride = self.image_stride
-        return tuple(max(stride, round(side * scale / stride) * stride) for side in (width, height))
+        return (
+            max(stride, round(width * scale / stride) * stride),
+            max(stride, round(height * scale / stride) * stride),
+        )
 
     def __call__(self, image: Image.Image) -> Tensor:
         """(3, H, W) float32 in [-1, 1], bicubic with antialias."""

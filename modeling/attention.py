@@ -6,7 +6,7 @@ same full or noise split), and the key is not in another noise split.
 Shape legend: S tokens, Hq query heads, Hk key heads (Hq a multiple of Hk), E head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -20,7 +20,7 @@ from .batch import AttentionMode
 class Attention(Protocol):
     """What decoder layers call: `layer` lets a cache find its keys and values."""
 
-    def __call__(self, layer: int, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor) -> Tensor: ...
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor: ...
 
 
 def grouped_sdpa(
@@ -39,14 +39,20 @@ def grouped_sdpa(
     return out.permute(2, 0, 1, 3).reshape(queries, q_heads, size)
 
 
+def _token_splits(
+    split_lens: Sequence[int], modes: Sequence[AttentionMode]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per token: its split (int64), whether that is noise, whether it sees itself both ways."""
+    lens = torch.tensor(split_lens)
+    flags = torch.tensor([(m == "noise", m != "causal") for m in modes]).repeat_interleave(lens, 0)
+    return torch.arange(len(lens)).repeat_interleave(lens), flags[:, 0], flags[:, 1]
+
+
 def split_mask(
     split_lens: Sequence[int], modes: Sequence[AttentionMode], device: torch.device | str
 ) -> Tensor:
     """(n, n) bool mask of one sample, True where the row (query) sees the column (key)."""
-    lens = torch.tensor(split_lens)
-    split = torch.repeat_interleave(torch.arange(len(lens)), lens)
-    noise = torch.repeat_interleave(torch.tensor([m == "noise" for m in modes]), lens)
-    both_ways = torch.repeat_interleave(torch.tensor([m != "causal" for m in modes]), lens)
+    split, noise, both_ways = _token_splits(split_lens, modes)
     index = torch.arange(len(split))
     same_split = split[:, None] == split[None, :]
     visible = (index[:, None] >= index[None, :]) | (same_split & both_ways[:, None])
@@ -77,7 +83,9 @@ class PackedAttention:
                 last += 1
             only_causal = set(modes[first:last]) == {"causal"}
             self.masks.append(
-                None if only_causal else split_mask(split_lens[first:last], modes[first:last], device)
+                None
+                if only_causal
+                else split_mask(split_lens[first:last], modes[first:last], device)
             )
             first = last
 
@@ -100,17 +108,9 @@ class FlexPackedAttention:
         modes: Sequence[AttentionMode],
         device: torch.device | str,
     ) -> None:
-        on_device = {"device": device}
-        lens = torch.tensor(split_lens, **on_device)
-        sample = torch.repeat_interleave(
-            torch.arange(len(sample_lens), **on_device), torch.tensor(sample_lens, **on_device)
-        )
-        split = torch.repeat_interleave(torch.arange(len(lens), **on_device), lens)
-        noise = torch.repeat_interleave(
-            torch.tensor([m == "noise" for m in modes], **on_device), lens
-        )
-        both_ways = torch.repeat_interleave(
-            torch.tensor([m != "causal" for m in modes], **on_device), lens
+        samples = torch.arange(len(sample_lens)).repeat_interleave(torch.tensor(sample_lens))
+        sample, split, noise, both_ways = (
+            x.to(device) for x in (samples, *_token_splits(split_lens, modes))
         )
 
         def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -119,8 +119,10 @@ class FlexPackedAttention:
             return (sample[q] == sample[k]) & ordered & (same_split | ~noise[k])
 
         n = len(sample)
-        self.block_mask: BlockMask = create_block_mask(visible, None, None, n, n, device=str(device))
-        self.kernel = torch.compile(flex_attention) if lens.is_cuda else flex_attention
+        self.block_mask: BlockMask = create_block_mask(
+            visible, None, None, n, n, device=str(device)
+        )
+        self.kernel = torch.compile(flex_attention) if sample.is_cuda else flex_attention
 
     def __call__(self, layer: int, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q_SHE, k_SHE, v_SHE))
@@ -128,7 +130,10 @@ class FlexPackedAttention:
         return out[0].transpose(0, 1)
 
 
-BACKENDS = {"sdpa": PackedAttention, "flex": FlexPackedAttention}
+BACKENDS: dict[str, Callable[..., Attention]] = {
+    "sdpa": PackedAttention,
+    "flex": FlexPackedAttention,
+}
 
 
 def packed_attention(

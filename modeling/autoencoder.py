@@ -69,9 +69,7 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = _norm(channels)
-        self.q, self.k, self.v, self.proj_out = (
-            nn.Conv2d(channels, channels, 1) for _ in range(4)
-        )
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
@@ -196,8 +194,8 @@ class Decoder(nn.Module):
                 self.norm_out.bias.to(dtype),
                 NORM_EPS,
             )
-            conv = self.conv_out
-            return F.conv2d(F.silu(h), conv.weight.to(dtype), conv.bias.to(dtype), padding=1)
+            weight, bias = (p.to(dtype) for p in self.conv_out.parameters())
+            return F.conv2d(F.silu(h), weight, bias, padding=1)
 
 
 class Autoencoder(nn.Module):

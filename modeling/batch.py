@@ -163,9 +163,7 @@ class PackedBatch(TensorRecord):
             _require(per_image == {len(vae.noise_seeds)}, "vae: fields per image", per_image)
             tokens += len(vae.indexes)
         _require(tokens == length, "tokens of all kinds", tokens, length)
-        _require(
-            {m for m in self.attn_modes} <= {"causal", "full", "noise"}, "modes", self.attn_modes
-        )
+        _require(set(self.attn_modes) <= {"causal", "full", "noise"}, "modes", self.attn_modes)
 
     @property
     def num_tokens(self) -> int:

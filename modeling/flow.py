@@ -21,15 +21,21 @@ def shift_time(t: T, shift: float) -> T:
     return shift * t / (1 + (shift - 1) * t)
 
 
+def time_from_logit(logit: float, shift: float) -> float:
+    """Shifted time in [0, 1] of a time logit (0 for `CONDITIONING`, 1 for +inf)."""
+    t = 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
+    return shift_time(t, shift)
+
+
 def unshift_time(t: float, shift: float) -> float:
     """The inverse of `shift_time`."""
     return t / (shift - (shift - 1) * t)
 
 
-def time_from_logit(logit: float, shift: float) -> float:
-    """Shifted time in [0, 1] of a time logit (0 for `CONDITIONING`, 1 for +inf)."""
-    t = 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
-    return shift_time(t, shift)
+def logit_from_time(t: float, shift: float) -> float:
+    """The inverse of `time_from_logit` for t in (0, 1]."""
+    unshifted = unshift_time(t, shift)
+    return math.log(unshifted / (1 - unshifted)) if unshifted < 1 else math.inf
 
 
 def interpolate(z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

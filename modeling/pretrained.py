@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Qwen2Config, SiglipVisionConfig
@@ -25,6 +25,7 @@ from transformers import Qwen2Config, SiglipVisionConfig
 from .autoencoder import AutoencoderConfig
 from .bagel.bagel import Bagel
 from .bagel.config import BagelConfig
+from .bagel.modeling_utils import PositionEmbedding, sin_cos_table
 
 Weights = Literal["ema", "model"]
 Shape = tuple[int, ...]
@@ -32,6 +33,8 @@ Shape = tuple[int, ...]
 VAE_PREFIX = "vae."
 VAE_FILE = "ae.safetensors"
 MANIFEST = "manifest.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
+"""The resize rules that a model was trained with."""
 POSITION_TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
 """The only tensors a file may lack: they are fixed and recomputed."""
 SHARD_BYTES = 5 * 10**9
@@ -99,7 +102,7 @@ def tensor_shapes(files: Iterable[Path]) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     for file in files:
         with _open(file) as archive:
-            for name in archive.keys():
+            for name in archive.keys():  # noqa: SIM118 (an archive is no mapping)
                 shapes[name] = tuple(archive.get_slice(name).get_shape())
     return shapes
 
@@ -107,7 +110,7 @@ def tensor_shapes(files: Iterable[Path]) -> dict[str, Shape]:
 def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
-    except Exception as error:  # safetensors raises its own class and OSError alike
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: unreadable: {error}") from error
 
 
@@ -160,7 +163,9 @@ def _layer_module(shapes: Mapping[str, Shape]) -> str:
 
 def _inferred(shapes: Mapping[str, Shape], vae: AutoencoderConfig | None) -> dict[str, Any]:
     inferred: dict[str, Any] = {}
-    tables = dict(zip(POSITION_TABLES, ("max_latent_size", "vit_max_num_patch_per_side"), strict=True))
+    tables = dict(
+        zip(POSITION_TABLES, ("max_latent_size", "vit_max_num_patch_per_side"), strict=True)
+    )
     for name, key in tables.items():
         if name in shapes:
             inferred[key] = round(shapes[name][0] ** 0.5)
@@ -182,7 +187,9 @@ def _vae_config(folder: Path, shapes: Mapping[str, Shape]) -> AutoencoderConfig 
     ch = vae["encoder.conv_in.weight"][0]
     widths = [
         vae[f"encoder.down.{i}.block.0.conv1.weight"][0]
-        for i in range(sum(bool(re.fullmatch(r"encoder\.down\.\d+\.block\.0\.conv1\.weight", k)) for k in vae))
+        for i in range(
+            sum(bool(re.fullmatch(r"encoder\.down\.\d+\.block\.0\.conv1\.weight", k)) for k in vae)
+        )
     ]
     blocks = sum(bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", k)) for k in vae)
     return AutoencoderConfig(
@@ -243,9 +250,7 @@ def load_pretrained(
     return model, report
 
 
-def load_architecture(
-    folder: str | Path, overrides: Mapping[str, Any] | None = None
-) -> Bagel:
+def load_architecture(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Bagel:
     """A model on the CPU with uninitialised weights in a folder's sizes; the autoencoder is loaded.
 
     The sizes come from the folder's JSON files alone: there need not be any weights of the model.
@@ -293,7 +298,7 @@ def _read_tensors(
     tensors = {}
     for file, prefix in sources:
         with _open(file) as archive:
-            for name in archive.keys():
+            for name in archive.keys():  # noqa: SIM118
                 tensor = archive.get_tensor(name)
                 cast = dtype if not prefix else None
                 tensors[prefix + name] = tensor.to(device=device, dtype=cast or tensor.dtype)
@@ -306,9 +311,9 @@ def _fill_gaps(
     dtype = tensors["language_model.model.embed_tokens.weight"].dtype
     for name in tables:
         module = model.get_submodule(name.rsplit(".", 1)[0])
-        with torch.device("cpu"):
-            fresh = type(module)(module.side, model.config.llm.hidden_size)
-        tensors[name] = fresh.pos_embed.to(device=device, dtype=dtype)
+        assert isinstance(module, PositionEmbedding)
+        table = sin_cos_table(module.side, model.config.llm.hidden_size)
+        tensors[name] = table.to(device=device, dtype=dtype)
     if model.config.llm.tie_word_embeddings:
         tensors.setdefault(
             "language_model.lm_head.weight", tensors["language_model.model.embed_tokens.weight"]
@@ -354,12 +359,15 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
+    PREPROCESSOR_FILE,
 )
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """One safetensors file with the metadata that `transformers` insists on."""
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, {"format": "pt"})
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, {"format": "pt"}
+    )
 
 
 def _save_sharded(folder: Path, stem: str, tensors: dict[str, Tensor]) -> None:

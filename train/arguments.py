@@ -107,6 +107,8 @@ class TrainingArguments:
     """`l1`, `l2` or `mse` (the same as l2)."""
     pixel_loss_max_t: float = 0.3
     """Only images with t below it contribute, weighted by (max_t - t) / max_t."""
+    pixel_space_t_fraction: float = 0.0
+    """Share of the target images drawn with t uniform in (0, the largest active max_t]."""
     ssim_loss_weight: float = 0.0
     ssim_loss_max_t: float = 0.1
     ssim_window_size: int = 11
@@ -140,6 +142,10 @@ class TrainingArguments:
             self.visual_gen or not pixel_space,
             "pixel_loss_weight and ssim_loss_weight need the VAE decoder, "
             "which visual_gen=False does not build",
+        )
+        _require(
+            pixel_space or self.pixel_space_t_fraction == 0,
+            "pixel_space_t_fraction needs pixel_loss_weight or ssim_loss_weight above 0",
         )
         _require(self.freeze_vae, "freeze_vae=False: the autoencoder is not trained here")
         _require(0 <= self.ema < 1, f"ema={self.ema} is no decay in [0, 1)")
@@ -183,7 +189,7 @@ class RunArguments:
         path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-GROUPS = (ModelArguments, DataArguments, TrainingArguments)
+GROUPS: tuple[Any, ...] = (ModelArguments, DataArguments, TrainingArguments)
 
 
 def _types() -> dict[str, Any]:
@@ -205,11 +211,11 @@ def parse_arguments(argv: list[str]) -> RunArguments:
         for name, raw in layer.items():
             values[name] = _convert(name, raw, source)
             sources[name] = source
-    groups = [
+    model, data, training = (
         group(**{f.name: values[f.name] for f in fields(group) if f.name in values})
         for group in GROUPS
-    ]
-    return RunArguments(*groups, sources=sources)
+    )
+    return RunArguments(model, data, training, sources)
 
 
 def _command_line(argv: list[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from data.packer import PackerConfig
 from data.tokenizer import load_tokenizer
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.losses import CrossEntropy, LossSet, PixelTerm, SSIMTerm, Term, VelocityMSE
-from modeling.pretrained import LoadReport, load_architecture, load_pretrained
+from modeling.pretrained import LoadReport, Weights, load_architecture, load_pretrained
 
 from .arguments import RunArguments, TrainingArguments
 from .checkpoint import step_folders
@@ -38,7 +38,7 @@ def build_trainer(args: RunArguments) -> Trainer:
     torch.manual_seed(args.training.global_seed)
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     model, report = build_model(args)
     print(report, flush=True)
     model.to(device)
@@ -91,7 +91,7 @@ def build_model(args: RunArguments) -> tuple[Bagel, LoadReport | str]:
         model = load_architecture(path, overrides)
         model.init_weights(training.copy_init_moe)
         return model, f"RANDOM weights in the sizes of {path} (init_from_scratch)"
-    weights = "ema" if training.finetune_from_ema else "model"
+    weights: Weights = "ema" if training.finetune_from_ema else "model"
     return load_pretrained(path, weights, overrides=overrides, dtype=torch.float32)
 
 
@@ -114,19 +114,23 @@ def build_terms(args: TrainingArguments) -> list[tuple[Term, float]]:
 
 
 def build_loader(args: RunArguments, model: Bagel) -> PackedLoader:
-    if args.data.dataset_config_file is None:
+    if args.data.dataset_config_file is None or args.model.model_path is None:
         raise ValueError("--dataset_config_file is needed: a YAML data mixture")
     data, config = args.data, model.config
+    gates = [term.max_t for term in model.losses.terms if isinstance(term, PixelTerm | SSIMTerm)]
     packer = PackerConfig(
         latent_stride=config.latent_stride,
         max_latent_size=config.max_latent_size,
-        vit_patch_size=config.vit.patch_size,
+        vit_patch_size=config.vit_patch,
         vit_max_num_patch_per_side=config.vit_max_num_patch_per_side,
         interpolate_pos=config.interpolate_pos,
         text_cond_dropout_prob=args.model.text_cond_dropout_prob,
         vae_cond_dropout_prob=args.model.vae_cond_dropout_prob,
         vit_cond_dropout_prob=args.model.vit_cond_dropout_prob,
         full_noise_fraction=data.full_noise_fraction,
+        low_t_fraction=args.training.pixel_space_t_fraction,
+        low_t_max=max(gates, default=1.0),
+        timestep_shift=config.timestep_shift,
     )
     loader = LoaderConfig(
         data_seed=data.data_seed,
@@ -134,7 +138,7 @@ def build_loader(args: RunArguments, model: Bagel) -> PackedLoader:
         max_num_tokens=data.max_num_tokens,
         max_num_tokens_per_sample=data.max_num_tokens_per_sample,
     )
-    mixture = load_mixture(data.dataset_config_file, data.data_root)
+    mixture = load_mixture(args.data.dataset_config_file, data.data_root)
     return PackedLoader(mixture, loader, packer, load_tokenizer(args.model.model_path))
 
 

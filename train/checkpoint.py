@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from modeling.bagel.bagel import Bagel
 from modeling.pretrained import (
     MANIFEST,
+    PREPROCESSOR_FILE,
     VAE_PREFIX,
+    Weights,
     save_pretrained,
     save_safetensors,
     verify_manifest,
@@ -47,17 +49,25 @@ def save_checkpoint(
     ema: EMA,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
+    rules: dict[str, Any],
     args: RunArguments,
 ) -> Path:
-    """Writes the step folder beside its place, then moves it there; drops the oldest ones."""
+    """Writes the step folder beside its place, then moves it there; drops the oldest ones.
+
+    `rules` are the resize rules of the data, so that inference prepares images as training did.
+    """
     run.mkdir(parents=True, exist_ok=True)
     final, staging = run / f"{step:07d}", run / f".saving-{step:07d}"
     for debris in run.glob(".saving-*"):
         shutil.rmtree(debris)
-    states = {"model": model.state_dict(), "ema": ema.state_dict(model)}
+    states: dict[Weights, dict[str, Tensor]] = {
+        "model": model.state_dict(),
+        "ema": ema.state_dict(model),
+    }
     save_pretrained(model, staging, states, tokenizer_from=args.model.model_path)
     save_safetensors(_optimizer_tensors(model, optimizer), staging / "optimizer.safetensors")
     (staging / "trainer_state.json").write_text(json.dumps({"step": step} | state) + "\n")
+    (staging / PREPROCESSOR_FILE).write_text(json.dumps(rules, indent=2) + "\n")
     args.save(staging / "training_args.json")
     write_manifest(staging)
     if final.exists():

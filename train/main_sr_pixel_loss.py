@@ -1,6 +1,6 @@
 """Trains or fine-tunes a BAGEL: parse, build, fit.
 
-    python train/main_sr_pixel_loss.py --config configs/tiny/demo.yaml --total_steps 100
+python train/main_sr_pixel_loss.py --config configs/tiny/demo.yaml --total_steps 100
 """
 
 import sys

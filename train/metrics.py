@@ -2,17 +2,11 @@
 
 import json
 import time
+from datetime import timedelta
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 
@@ -23,19 +17,28 @@ class Metrics:
     absent from the line rather than 0.
     """
 
-    def __init__(self, path: Path, first_step: int, total_steps: int, device: torch.device) -> None:
-        self.path, self.device = path, device
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, first_step: int, total_steps: int) -> None:
+        self.path, self.first_step, self.total_steps = path, first_step, total_steps
+        self.begin = time.perf_counter()
+        self._drop_lines_after(first_step)
         self.progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
             TextColumn("{task.fields[shown]}"),
             TimeRemainingColumn(),
-            console=Console(width=None if Console().is_terminal else 160),
+            disable=not Console().is_terminal,
         )
         self.task = self.progress.add_task("", completed=first_step, total=total_steps, shown="")
         self._reset()
+
+    def _drop_lines_after(self, step: int) -> None:
+        """A resumed run writes those steps again."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            lines = self.path.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            self.path.write_text("".join(line + "\n" for line in kept))
 
     def __enter__(self) -> "Metrics":
         self.progress.start()
@@ -65,11 +68,11 @@ class Metrics:
         line["tokens_per_s"] = float(self.sums.get("tokens", 0.0)) / seconds
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step} | line) + "\n")
-        shown = "  ".join(
-            f"{name} {value:.3g}" for name, value in line.items() if name != "tokens"
-        )
+        shown = "  ".join(f"{name} {value:.3g}" for name, value in line.items() if name != "tokens")
         self.progress.update(self.task, completed=step, shown=shown)
-        if not self.progress.console.is_terminal:
-            self.progress.console.print(f"step {step}  {shown}", highlight=False)
+        if self.progress.disable:
+            per_step = (time.perf_counter() - self.begin) / (step - self.first_step)
+            left = timedelta(seconds=round(per_step * (self.total_steps - step)))
+            print(f"step {step}/{self.total_steps}  {shown}  left {left}", flush=True)
         self._reset()
         return line

@@ -46,9 +46,7 @@ class Trainer:
     def fit(self) -> None:
         args = self.args.training
         batches = iter(self.loader)
-        with Metrics(
-            self.run / "metrics.jsonl", self.step, args.total_steps, self.device
-        ) as metrics:
+        with Metrics(self.run / "metrics.jsonl", self.step, args.total_steps) as metrics:
             while self.step < args.total_steps:
                 self.train_step(batches, metrics)
                 self.step += 1
@@ -61,17 +59,15 @@ class Trainer:
     def train_step(self, batches: Iterator[PackedBatch], metrics: Metrics) -> None:
         """Fetch, forward, weigh, backward, clip, step, average."""
         batch = next(batches).to(self.device, non_blocking=True)
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.args.training.bf16
-        ):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.training.bf16):
             terms = self.model(batch)
         loss = torch.zeros((), device=self.device)
         for name, term in terms.items():
             # A count of 0 comes with a sum of exactly 0.
-            value = term.sum / max(term.count, 1.0)
-            loss = loss + self.weights[name] * value
+            weighted = self.weights[name] * term.sum
+            loss = loss + weighted / max(term.count, 1.0)
             metrics.add(name, term.sum, term.count)
-            metrics.add(f"{name}_weighted", self.weights[name] * value.detach())
+            metrics.add(f"{name}_weighted", weighted, term.count)
         self.optimizer.zero_grad()
         loss.backward()
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -86,9 +82,7 @@ class Trainer:
         if self.step == 0:
             self.warn_if_untrained(terms)
 
-    def require_finite(
-        self, norm: Tensor, sums: dict[str, Tensor], batch: PackedBatch
-    ) -> None:
+    def require_finite(self, norm: Tensor, sums: dict[str, Tensor], batch: PackedBatch) -> None:
         """Raises NonFiniteError, before any weight has moved, naming the terms and the images."""
         if torch.isfinite(norm):
             return
@@ -115,7 +109,14 @@ class Trainer:
     def save(self) -> Path:
         state = {"loader": self.loader.state_dict()}
         return save_checkpoint(
-            self.run, self.step, self.model, self.ema, self.optimizer, state, self.args
+            self.run,
+            self.step,
+            self.model,
+            self.ema,
+            self.optimizer,
+            state,
+            self.loader.resize_rules(),
+            self.args,
         )
 
     def resume(self, folder: Path) -> None:

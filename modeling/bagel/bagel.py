@@ -77,14 +77,13 @@ class Bagel(nn.Module):
             if name.startswith("vae."):
                 continue
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=std)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+                for parameter_name, parameter in module.named_parameters():
+                    nn.init.normal_(parameter, std=std if parameter_name == "weight" else 0.0)
             elif isinstance(module, PositionEmbedding):
                 module.reset_parameters()
         if self.config.vae is not None:
-            nn.init.zeros_(self.llm2vae.weight)
-            nn.init.zeros_(self.llm2vae.bias)
+            for parameter in self.llm2vae.parameters():
+                nn.init.zeros_(parameter)
         if copy_init_moe:
             state = self.language_model.state_dict()
             gen = {k: state[k.replace("_moe_gen", "")] for k in state if "_moe_gen" in k}
@@ -189,7 +188,8 @@ class Bagel(nn.Module):
             flow = self.flow_inputs(batch.vae)
         hidden = self.hidden_states(batch, flow)
         if batch.vae is None or flow is None:
-            return StepOutputs(model=self, batch=batch, hidden=hidden)
+            none = hidden.new_zeros(0, self.config.patch_latent_dim, dtype=torch.float32)
+            return StepOutputs(self, batch, hidden, none, none, none)
         target = batch.vae.target_tokens()
         return StepOutputs(
             model=self,
@@ -200,8 +200,6 @@ class Bagel(nn.Module):
             clean=flow.z0[target],
         )
 
-    def forward(
-        self, batch: PackedBatch, flow: FlowInputs | None = None
-    ) -> dict[str, LossTerm]:
+    def forward(self, batch: PackedBatch, flow: FlowInputs | None = None) -> dict[str, LossTerm]:
         """The (sum, count) of every configured loss term that this batch has something for."""
         return self.losses(self.step_outputs(batch, flow))

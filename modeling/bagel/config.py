@@ -60,6 +60,13 @@ class BagelConfig:
         return self.vit.num_hidden_layers + 1 + self.vit_select_layer if self.vit else 0
 
     @property
+    def vit_patch(self) -> int:
+        """Pixels per ViT patch along each side; raises ValueError without a ViT."""
+        if self.vit is None:
+            raise ValueError("this model has no ViT: the folder lacks vit_config.json")
+        return self.vit.patch_size
+
+    @property
     def head_dim(self) -> int:
         return (
             getattr(self.llm, "head_dim", None)

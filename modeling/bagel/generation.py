@@ -64,9 +64,7 @@ class KVCache:
             grown[:, :, : self.length] = self.store[:, :, : self.length]
             self.store = grown
 
-    def attend(
-        self, mode: AttentionMode, layer: int, q: Tensor, k: Tensor, v: Tensor
-    ) -> Tensor:
+    def attend(self, mode: AttentionMode, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of n new tokens to the past and to themselves, causally or both ways.
 
         Their keys and values are written behind the past; `length` is not moved.
@@ -78,8 +76,7 @@ class KVCache:
         if mode == "causal" and n > 1 and past > 0:
             mask = torch.ones(n, past + n, dtype=torch.bool, device=q.device).tril(past)
         causal = mode == "causal" and n > 1 and past == 0
-        q, keys = q.to(values.dtype), keys
-        return grouped_sdpa(q, keys, values, mask, causal)
+        return grouped_sdpa(q.to(values.dtype), keys, values, mask, causal)
 
 
 class Context:
@@ -111,9 +108,7 @@ class Context:
 
     def append_ids(self, ids: list[int]) -> Tensor:
         """Adds bare token ids causally; (n, d) hidden states."""
-        positions = torch.arange(
-            self.position, self.position + len(ids), device=self.model.device
-        )
+        positions = torch.arange(self.position, self.position + len(ids), device=self.model.device)
         hidden = self._run(self.model.embed_text(self._ids(ids)), positions, "causal")
         self.cache.length += len(ids)
         self.position += len(ids)
@@ -141,15 +136,12 @@ class Context:
     def add_vit_image(self, image_pm1: Tensor) -> None:
         """Adds an image (3, H, W) in [-1, 1] through the ViT; sides are multiples of its patch."""
         config, device = self.model.config, self.model.device
-        patch = config.vit.patch_size
+        patch = config.vit_patch
         h, w = image_pm1.shape[1] // patch, image_pm1.shape[2] // patch
         ids = position_ids(h, w, config.vit_max_num_patch_per_side, config.interpolate_pos)
         patches = patchify(image_pm1.to(device), patch)
         vit = VitImages(
-            patches=patches,
-            position_ids=ids.to(device),
-            indexes=torch.arange(h * w),
-            lens=(h * w,),
+            patches=patches, position_ids=ids.to(device), indexes=torch.arange(h * w), lens=(h * w,)
         )
         self._image(self.model.embed_vit(vit), generated=False)
         self._commit_image(h * w)
@@ -170,7 +162,7 @@ class Context:
         return ids.to(self.model.device)
 
     def velocity(self, x_LD: Tensor, t: float, ids: Tensor) -> Tensor:
-        """(L, D) float32 velocity of the image x_t as the next segment; the cache stays as it is."""
+        """(L, D) float32 velocity of the image x_t as the next segment; the cache stays."""
         embeddings = self.model.embed_latents(x_LD, x_LD.new_full((len(x_LD),), t), ids)
         hidden = self._image(embeddings, generated=True)
         return self.model.llm2vae(hidden[1:-1]).float()
@@ -256,7 +248,9 @@ def sample_latents(
     """
     text_on = config.cfg_text_scale > 1
     image_on = text_on and config.cfg_img_scale > 1
-    if (text_on and without_text is None) or (image_on and without_images is None):
+    wanted = [without_text] * text_on + [without_images] * image_on
+    branches = [branch for branch in wanted if branch is not None]
+    if len(branches) < len(wanted):
         raise ValueError("guidance needs its own contexts, see cfg_text_scale and cfg_img_scale")
     ids = context.latent_position_ids(grid)
     low, high = config.cfg_interval
@@ -265,8 +259,8 @@ def sample_latents(
         v = context.velocity(x, t, ids)
         if not text_on or not low < t <= high:
             return v
-        v_image = without_images.velocity(x, t, ids) if image_on else None
-        return guided_velocity(v, without_text.velocity(x, t, ids), v_image, config)
+        v_text, *v_image = (branch.velocity(x, t, ids) for branch in branches)
+        return guided_velocity(v, v_text, v_image[0] if v_image else None, config)
 
     times = euler_times(config.num_timesteps, config.timestep_shift)
     return euler(noise_LD.float(), velocity_at, times)

@@ -59,17 +59,17 @@ class StepOutputs:
     batch: PackedBatch
     hidden: Tensor
     """(S, d)"""
-    velocity_pred: Tensor | None = None
+    velocity_pred: Tensor
+    """(M, D) float32; M is 0 in a batch without target images."""
+    velocity_true: Tensor
     """(M, D) float32."""
-    velocity_true: Tensor | None = None
-    """(M, D) float32."""
-    clean: Tensor | None = None
+    clean: Tensor
     """(M, D) float32 clean latents."""
 
     @cached_property
     def target_images(self) -> list[TargetImage]:
         vae, patch = self.batch.vae, self.model.config.latent_patch_size
-        if vae is None or self.velocity_pred is None or self.clean is None:
+        if vae is None:
             return []
         images, first = [], 0
         times = vae.times(self.model.config.timestep_shift)
@@ -108,7 +108,7 @@ class StepOutputs:
 
     def zero(self) -> Tensor:
         """Exactly 0 and part of the graph, so that a step without images still has one."""
-        return (self.velocity_pred * 0).sum() if self.velocity_pred is not None else self.hidden.sum() * 0
+        return (self.velocity_pred * 0).sum()
 
 
 class Term(Protocol):
@@ -133,6 +133,7 @@ class CrossEntropy:
     def per_token(self, out: StepOutputs) -> Tensor:
         """(N,) float32. Logits exist for `CE_CHUNK_TOKENS` tokens at a time."""
         labels = out.batch.labels
+        assert labels is not None  # `count` has said so
         head = out.model.language_model.lm_head
 
         def chunk_ce(hidden: Tensor, ids: Tensor) -> Tensor:
@@ -149,6 +150,7 @@ class CrossEntropy:
         )
 
     def total(self, out: StepOutputs) -> Tensor:
+        assert out.batch.labels is not None
         return (self.per_token(out) * out.batch.labels.weights).sum()
 
 
@@ -171,9 +173,7 @@ def _gated_areas(batch: PackedBatch, timestep_shift: float, max_t: float) -> flo
         return None
     times = batch.vae.times(timestep_shift)
     targets = zip(batch.vae.images, batch.vae.is_target, times, strict=True)
-    return float(
-        sum(x.shape[-2] * x.shape[-1] for x, target, t in targets if target and t < max_t)
-    )
+    return float(sum(x.shape[-2] * x.shape[-1] for x, target, t in targets if target and t < max_t))
 
 
 @dataclass(frozen=True)
@@ -288,9 +288,7 @@ def _ssim_core(
     mask: Tensor | None = None,
 ) -> Tensor:
     """(B,) SSIM of each image, see `ssim.ssim_per_image`."""
-    return ssim_per_image(
-        x_pred, x_gt, window_size=window_size, data_range=data_range, weight=mask
-    )
+    return ssim_per_image(x_pred, x_gt, window_size=window_size, data_range=data_range, weight=mask)
 
 
 def compute_ssim_loss(

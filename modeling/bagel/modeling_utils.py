@@ -60,7 +60,7 @@ class TimestepEmbedder(nn.Module):
         i = torch.arange(TIME_FREQUENCIES, dtype=torch.float32, device=t.device)
         angle = t[:, None].float() * torch.exp(-math.log(MAX_PERIOD) * i / TIME_FREQUENCIES)
         features = torch.cat([angle.cos(), angle.sin()], dim=1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(next(self.parameters()).dtype))
 
 
 class MLPConnector(nn.Module):

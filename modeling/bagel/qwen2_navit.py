@@ -171,9 +171,7 @@ class DecoderLayer(Experts):
             self.add_module(f"mlp{s}", Qwen2MLP(config))
 
     def _norm(self, name: str, x: Tensor, tokens: ExpertOrder) -> Tensor:
-        return self.per_expert(
-            lambda s, part: self.get_submodule(name + s)(part), tokens.sizes, x
-        )
+        return self.per_expert(lambda s, part: self.get_submodule(name + s)(part), tokens.sizes, x)
 
     def _mlp(self, x: Tensor, tokens: ExpertOrder) -> Tensor:
         if self.mlp_experts == self.suffixes:
@@ -223,16 +221,16 @@ class Qwen2Model(Experts):
         x = tokens.to_experts(x_Sd)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, tokens, attention, i)
-        x = self.per_expert(
-            lambda s, part: self.get_submodule(f"norm{s}")(part), tokens.sizes, x
-        )
+        x = self.per_expert(lambda s, part: self.get_submodule(f"norm{s}")(part), tokens.sizes, x)
         return tokens.to_sequence(x)
 
 
 class Qwen2ForCausalLM(nn.Module):
     """Decoder and (untied) head."""
 
-    def __init__(self, config: Qwen2Config, head_dim: int, qk_norm: bool, *args: str | bool) -> None:
+    def __init__(
+        self, config: Qwen2Config, head_dim: int, qk_norm: bool, *args: str | bool
+    ) -> None:
         super().__init__()
         self.model = Qwen2Model(config, head_dim, qk_norm, *args)  # type: ignore[arg-type]
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -39,9 +39,7 @@ class SiglipEmbeddings(nn.Module):
         super().__init__()
         patch_dim = config.num_channels * config.patch_size**2
         self.patch_embedding = nn.Linear(patch_dim, config.hidden_size)
-        self.position_embedding = (
-            None if rope else nn.Embedding(table_side**2, config.hidden_size)
-        )
+        self.position_embedding = None if rope else nn.Embedding(table_side**2, config.hidden_size)
 
     def forward(self, patches: Tensor, position_ids: Tensor) -> Tensor:
         x = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))
@@ -87,9 +85,7 @@ class SiglipEncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = SiglipMLP(config)
 
-    def forward(
-        self, x: Tensor, lens: Sequence[int], rope: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, lens: Sequence[int], rope: tuple[Tensor, Tensor] | None) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x), lens, rope)
         return x + self.mlp(self.layer_norm2(x))
 

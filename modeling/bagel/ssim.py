@@ -15,7 +15,7 @@ which is the textbook SSIM, needs the same four blurs, and has no cancellation w
 equal images have d = 0, hence a loss and a gradient of exactly 0 at any brightness.
 
 Shapes: B images, C channels, H x W pixels, w window, h = w - 1 halo. Inside a strip the order is
-(rows, maps, B, C, columns): with rows outermost a vertical blur of all maps is one matrix product.
+(rows, B, C, columns): with rows outermost a vertical blur is one matrix product.
 """
 
 import functools
@@ -32,8 +32,8 @@ K1, K2, SIGMA = 0.01, 0.03, 1.5
 # Pixels that one strip may hold: what stays in a CPU's cache, and what fills an accelerator.
 STRIP_PIXELS = 2**17
 STRIP_PIXELS_ACCELERATOR = 2**22
-# A banded matrix product does (block + h) / w times the needed arithmetic, and small blocks run
-# slowly: the best of 16, 32 and 64 for each direction.
+# A banded matrix product does (block + h) / w times the needed arithmetic, but small products run
+# slowly. Rows of windows in one product, and columns:
 BLOCK_ROWS = 64
 BLOCK_COLUMNS = 32
 
@@ -56,6 +56,7 @@ def _gaussian_taps(window_size: int, sigma: float = SIGMA) -> tuple[float, ...]:
     return tuple(tap / math.fsum(taps) for tap in taps)
 
 
+@torch.compiler.disable
 def ssim_per_image(
     x_pred: Tensor,
     x_true: Tensor,
@@ -78,10 +79,11 @@ def ssim_per_image(
         data_range: width of the value range, > 0; enters through C1 and C2 only.
         weight: (B, 1, H, W), not negative: weight of the window centred at each pixel. An image
             whose weights at the window centres are all 0 has SSIM 1 and gradient 0.
-        compiled: run each strip through torch.compile: pays off after some hundred images.
+        compiled: run each strip through torch.compile. The first call takes about half a minute
+            on a CPU, and as long again when B or C goes from 1 to more.
 
     Returns:
-        (B,) float32 (float64 if an input is), at most 1.
+        (B,) float32 (float64 if an input is), in [-1, 1] but for rounding.
 
     Raises:
         ValueError: an even window, shapes that differ, no floating point, no pixels,
@@ -103,7 +105,7 @@ def _check(x: Tensor, y: Tensor, weight: Tensor | None, data_range: float) -> No
         )
     if not (x.is_floating_point() and y.is_floating_point()):
         raise ValueError(f"SSIM needs floating point images, got {x.dtype} and {y.dtype}")
-    if x[:1].numel() == 0 and x.shape[0] > 0 or not data_range > 0:
+    if 0 in x.shape[1:] or not data_range > 0:
         raise ValueError(f"SSIM needs pixels and data_range > 0: {tuple(x.shape)}, {data_range}")
     if y.requires_grad or (weight is not None and weight.requires_grad):
         raise ValueError("SSIM is differentiated by x_pred only: detach x_true and weight")
@@ -120,7 +122,7 @@ class _SSIM(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             loss, gradient = _sums(x, y, weight, taps, data_range, compiled, need_grad)
             count = _window_weights(x, weight, len(taps) - 1, loss.dtype)
-        # An image without any weight has sums of 0: loss 0 and gradient 0, not 0 / 0.
+        # An image without any weight has a sum of 0: loss 0 and gradient 0, not 0 / 0.
         scale = torch.where(count > 0, 1 / count, 0.0)
         if need_grad:
             ctx.save_for_backward(gradient, -4 * scale)
@@ -163,19 +165,18 @@ def _sums(
     dtype = torch.float64 if double else torch.float32
     halo = len(taps) - 1
     # torch.compile fuses the taps into one loop; without it, on a CPU, matrix products are faster.
-    banded = x.device.type == "cpu" and not compiled and not torch.compiler.is_compiling()
+    banded = x.device.type == "cpu" and not compiled
+    images, rows = _strip_size(x, halo, BLOCK_ROWS if banded else x.shape[2])
     strip = functools.partial(
         _compiled_strip() if compiled else _strip,
-        blur=_Bands(taps, dtype) if banded else _Taps(taps),
+        blur=_Bands(taps, dtype, x.shape[3], rows) if banded else _Taps(taps, dtype),
         c1=(K1 * data_range) ** 2,
         c2=(K2 * data_range) ** 2,
-        dtype=dtype,
         need_grad=need_grad,
     )
     loss = torch.zeros(x.shape[0], dtype=dtype, device=x.device)
     gradient = torch.empty_like(x) if need_grad else None
     weight = None if weight is None else _at_centres(weight, halo)
-    images, rows = _strip_size(x, halo, banded)
     with _ieee_matmul() if banded else nullcontext():
         for first in range(0, x.shape[0], images):
             part = slice(first, first + images)
@@ -191,18 +192,20 @@ def _sums(
     return loss, gradient
 
 
-def _strip_size(x: Tensor, halo: int, banded: bool) -> tuple[int, int]:
-    """Images and rows of windows of a strip."""
+def _strip_size(x: Tensor, halo: int, most_rows: int) -> tuple[int, int]:
+    """Images, and rows of windows, that make a strip."""
     B, C, H, W = x.shape
-    pixels = STRIP_PIXELS if x.device.type == "cpu" else STRIP_PIXELS_ACCELERATOR
-    # A banded product multiplies neighbours by zero, and NaN * 0 is NaN: one image at a time, or
-    # an image that is not finite would spoil the next one's value.
-    images = 1 if banded else max(1, min(B, pixels // (C * H * W)))
+    if x.device.type == "cpu":
+        # Never two images: a banded product multiplies neighbours by zero, NaN * 0 is NaN, and an
+        # image that is not finite would spoil the value of the next.
+        pixels, images = STRIP_PIXELS, 1
+    else:
+        pixels, images = STRIP_PIXELS_ACCELERATOR, STRIP_PIXELS_ACCELERATOR // (C * H * W)
+        images = max(1, min(B, images))
     windows = H - halo
-    most = max(1, pixels // (images * C * W) - halo)
-    if banded:
-        most = min(most, max(BLOCK_ROWS, halo))
-    # Strips of one height: a short rest costs nearly as much, and torch.compile a second run.
+    # At least as many rows of windows as the halo adds: with fewer, halos are most of the work.
+    most = min(max(pixels // (images * C * W) - halo, halo, 1), max(most_rows, halo))
+    # All strips of about one height: a short last one costs nearly as much as a full one.
     return images, math.ceil(windows / math.ceil(windows / most))
 
 
@@ -221,8 +224,7 @@ def _sweep(
     carried over and added, so no window is computed twice.
     """
     windows = x.shape[2] - halo
-    loss = 0
-    carry = None
+    losses, carry = [], torch.zeros((), device=x.device)
     for first in range(0, windows, rows):
         last = min(first + rows, windows)
         strip_loss, strip_gradient = strip(
@@ -230,15 +232,14 @@ def _sweep(
             _rows_first(y[:, :, first : last + halo]),
             None if weight is None else _rows_first(weight[:, :, first:last]),
         )
-        loss = loss + strip_loss
-        if gradient is not None:
-            if carry is not None:
-                strip_gradient[:halo] += carry
-            carry = strip_gradient[last - first :]
+        losses.append(strip_loss)
+        if gradient is not None and strip_gradient is not None:
+            strip_gradient[:halo] += carry
+            carry = strip_gradient[last - first :].clone()
             _rows_first(gradient)[first:last] = strip_gradient[: last - first]
     if gradient is not None:
         _rows_first(gradient)[windows:] = carry
-    return loss
+    return torch.stack(losses).sum(0)
 
 
 def _rows_first(image: Tensor) -> Tensor:
@@ -253,74 +254,63 @@ def _strip(
     blur: "_Bands | _Taps",
     c1: float,
     c2: float,
-    dtype: torch.dtype,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Loss sum (B,) and gradient (rows + h, B, C, W) of the windows of one strip.
 
-    x, y: (rows + h, B, C, W); weight: (rows, B, 1, W - h).
+    x, y: (rows + h, B, C, W); weight: (rows, B, 1, W - h). Unscaled, see `_sums`.
     """
     W = x.shape[-1]
-    valid = W - blur.halo
-    maps, centre = _difference_and_sum(x, y, blur.padded_width(W), dtype)
-    mean = blur(maps)
-    variance = blur(maps * maps).addcmul_(mean, mean, value=-1)
-    mean_true = mean + centre
-    square = mean_true * mean_true
-    luminance = (square[:, 0] + square[:, 1]).add_(2 * c1)
-    contrast = (variance[:, 0] + variance[:, 1]).add_(2 * c2)
-    q = square[:, 0].div_(luminance)
-    p = variance[:, 0].div_(contrast)
-    loss = torch.add(q, p).addcmul_(q, p, value=-2)[..., :valid]
+    x, y = blur.lay_out(x), blur.lay_out(y)
+    (d, d_centre), (s, s_centre) = _centred(x - y, W), _centred(x + y, W)
+    del x, y
+    d_mean, s_mean = blur(d), blur(s)
+    d_variance = blur(d * d).addcmul_(d_mean, d_mean, value=-1)
+    s_variance = blur(s * s).addcmul_(s_mean, s_mean, value=-1)
+    d_true, s_true = d_mean + d_centre, s_mean + s_centre
+    d_square = d_true * d_true
+    luminance = torch.addcmul(d_square, s_true, s_true).add_(2 * c1)
+    contrast = s_variance.add_(d_variance).add_(2 * c2)
+    q, p = d_square.div_(luminance), d_variance.div_(contrast)
+    loss = torch.add(p, q).addcmul_(p, q, value=-2)
     if weight is not None:
+        weight = blur.lay_out(weight)
         loss = loss * weight
-    loss = loss.sum((0, 2, 3))
+    loss = loss[..., : W - blur.halo].sum((0, 2, 3))
     if not need_grad:
         return loss, None
 
-    # d(q + p - 2 q p) by x, over 2: through the means, and through E[d^2] and E[s^2].
+    # Half the derivative by x of q + p - 2 q p: through the means, E[d^2] and E[s^2].
     by_q = torch.rsub(p, 1, alpha=2).div_(luminance)
     by_p = torch.rsub(q, 1, alpha=2).div_(contrast)
     if weight is not None:
-        by_q[..., :valid] *= weight
-        by_p[..., :valid] *= weight
-    by_p_p = by_p * p
-    by_mean = (mean_true[:, 0] + mean_true[:, 1]).mul_(q).sub_(mean_true[:, 0]).mul_(by_q).neg_()
-    by_mean.addcmul_(mean[:, 0], by_p, value=-1).addcmul_(mean[:, 0] + mean[:, 1], by_p_p)
-    for coefficient in (by_mean, by_p, by_p_p):
-        coefficient[..., valid:] = 0
+        by_q, by_p = by_q * weight, by_p * weight
+    by_s_square = by_p * p
+    by_mean = s_true.add_(d_true).mul_(q).sub_(d_true).mul_(by_q).neg_()
+    by_mean.addcmul_(d_mean, by_p, value=-1).addcmul_(s_mean.add_(d_mean), by_s_square)
     gradient = blur.adjoint(by_mean)
-    gradient.addcmul_(blur.adjoint(by_p), maps[:, 0])
-    gradient.addcmul_(blur.adjoint(by_p_p), maps[:, 0] + maps[:, 1], value=-1)
+    gradient.addcmul_(blur.adjoint(by_p), d)
+    gradient.addcmul_(blur.adjoint(by_s_square), s.add_(d), value=-1)
     return loss, gradient[..., :W]
 
 
-def _difference_and_sum(
-    x: Tensor, y: Tensor, width: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """d = x - y and s = x + y, each less its mean over the plane, (rows, 2, B, C, width), and
-    those means, (1, 2, B, C, 1). E[s^2] - E[s]^2 cancels unless s is centred; variances do not
-    depend on it."""
-    rows, B, C, W = x.shape
-    maps = torch.zeros(rows, 2, B, C, width, dtype=dtype, device=x.device)
-    image = maps[..., :W]
-    image[:, 0].copy_(x).sub_(y)
-    image[:, 1].copy_(x).add_(y)
-    centre = image.mean((0, 4), keepdim=True)
-    image.sub_(centre)
-    return maps, centre
+def _centred(image: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """`image` less each plane's mean, and those means: E[s^2] - E[s]^2 cancels otherwise, and a
+    variance does not depend on it."""
+    centre = image[..., :width].mean((0, 3), keepdim=True)
+    return image.sub_(centre), centre
 
 
 @functools.cache
 def _compiled_strip() -> Callable:
-    return torch.compile(_strip)
+    return torch.compile(_strip, dynamic=True)
 
 
 @contextmanager
 def _ieee_matmul() -> Iterator[None]:
     """Full float32 products, whatever `torch.set_float32_matmul_precision` was told: SSIM of a
     low-contrast image does not survive bf16."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     if before in ("none", "ieee"):
         yield
@@ -335,12 +325,13 @@ def _ieee_matmul() -> Iterator[None]:
 class _Taps:
     """Separable "valid" blur along the first and the last dimension, tap by tap."""
 
-    def __init__(self, taps: tuple[float, ...]):
+    def __init__(self, taps: tuple[float, ...], dtype: torch.dtype):
         self.taps = taps
         self.halo = len(taps) - 1
+        self.dtype = dtype
 
-    def padded_width(self, width: int) -> int:
-        return width
+    def lay_out(self, image: Tensor) -> Tensor:
+        return image.to(self.dtype)
 
     def __call__(self, maps: Tensor) -> Tensor:
         rows, columns = maps.shape[0] - self.halo, maps.shape[-1] - self.halo
@@ -358,44 +349,52 @@ class _Taps:
 
 
 class _Bands:
-    """The same blur as matrix products with banded Toeplitz matrices, in blocks of the width.
+    """The same blur as matrix products with banded Toeplitz matrices, for a CPU.
 
-    Each row of `padded_width` columns is a number of whole blocks, so that the tensor is a matrix
-    of blocks without a copy. The last `halo` columns and the padding of a blurred row are
-    meaningless: they ran on into the next row. `adjoint` wants zeros there.
+    A row is padded to whole blocks of columns, so that a tensor is a matrix of blocks without a
+    copy. What a blurred row holds beyond the `valid` columns is nonsense: those windows ran on
+    into the next row.
     """
 
-    def __init__(self, taps: tuple[float, ...], dtype: torch.dtype):
+    def __init__(self, taps: tuple[float, ...], dtype: torch.dtype, width: int, rows: int):
         self.halo = len(taps) - 1
+        self.dtype = dtype
+        self.valid = width - self.halo
         self.block = max(BLOCK_COLUMNS, self.halo)
-        self.window = torch.tensor(taps, dtype=dtype)
-        self.columns = self.band(self.block)
+        self.padded = math.ceil(width / self.block) * self.block
+        self.columns = _band(taps, self.block, dtype).T
+        self.rows = _band(taps, rows, dtype)
 
-    def padded_width(self, width: int) -> int:
-        return math.ceil(width / self.block) * self.block
-
-    def band(self, outputs: int) -> Tensor:
-        """(outputs + h, outputs): column j holds the window in rows j to j + h."""
-        band = self.window.new_zeros(outputs + self.halo, outputs)
-        for k, tap in enumerate(self.window):
-            band.diagonal(-k).fill_(tap)
-        return band
-
-    @functools.lru_cache(maxsize=2)
-    def row_band(self, outputs: int) -> Tensor:
-        return self.band(outputs).T.contiguous()
+    def lay_out(self, image: Tensor) -> Tensor:
+        width = image.shape[-1]
+        laid_out = image.new_empty(*image.shape[:-1], self.padded, dtype=self.dtype)
+        laid_out[..., :width] = image
+        laid_out[..., width:] = 0
+        return laid_out
 
     def __call__(self, maps: Tensor) -> Tensor:
         rows = maps.shape[0] - self.halo
-        blocks = (self.row_band(rows) @ maps.view(rows + self.halo, -1)).view(-1, self.block)
+        blocks = self.rows[:rows, : len(maps)] @ maps.view(len(maps), -1)
+        blocks = blocks.view(-1, self.block)
         blurred = blocks @ self.columns[: self.block]
         blurred[:-1].addmm_(blocks[1:, : self.halo], self.columns[self.block :])
         return blurred.view(rows, *maps.shape[1:])
 
     def adjoint(self, maps: Tensor) -> Tensor:
+        """Overwrites the nonsense in `maps` with zeros."""
+        maps[..., self.valid :] = 0
+        rows = len(maps)
         blocks = maps.view(-1, self.block)
         spread = blocks @ self.columns[: self.block].T
         spread[1:, : self.halo].addmm_(blocks[:-1], self.columns[self.block :].T)
-        rows = maps.shape[0]
-        spread = self.row_band(rows).T @ spread.view(rows, -1)
+        spread = self.rows[:rows, : rows + self.halo].T @ spread.view(rows, -1)
         return spread.view(rows + self.halo, *maps.shape[1:])
+
+
+def _band(taps: tuple[float, ...], outputs: int, dtype: torch.dtype) -> Tensor:
+    """(outputs, outputs + h): row j holds the taps in columns j to j + h, zeros elsewhere."""
+    inputs = outputs + len(taps) - 1
+    band = torch.zeros(outputs, inputs + 1, dtype=dtype)
+    band[:, : len(taps)] = torch.tensor(taps, dtype=dtype)
+    # Rows one element shorter, read from the same memory: each starts one column further right.
+    return band.view(-1)[: outputs * inputs].view(outputs, inputs)

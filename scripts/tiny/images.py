@@ -92,11 +92,4 @@ def augment(image_01: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(np.asarray(moved), 0.0, 1.0) ** gamma
 
 
-__all__ = [
-    "augment",
-    "held_out_slices",
-    "mri_slices",
-    "other_images",
-    "resize",
-    "training_slices",
-]
+__all__ = ["augment", "held_out_slices", "mri_slices", "other_images", "resize", "training_slices"]

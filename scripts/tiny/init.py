@@ -1,6 +1,6 @@
 """Initial folder of the tiny model: configs, tokenizer, the trained autoencoder, random weights.
 
-    python -m scripts.tiny.init --vae build/tiny/vae --out build/tiny/init
+python -m scripts.tiny.init --vae build/tiny/vae --out build/tiny/init
 """
 
 import argparse
@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import Qwen2Config, SiglipVisionConfig
 
 from data.tokenizer import load_tokenizer
@@ -15,7 +16,6 @@ from modeling.autoencoder import AutoencoderConfig
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
 from modeling.pretrained import VAE_FILE, save_pretrained
-from safetensors.torch import load_file
 from scripts.tiny.make_pairs import BLUR, INSTRUCTIONS, NOISE
 from scripts.tiny.tokenizer import VOCABULARY, write_tokenizer
 

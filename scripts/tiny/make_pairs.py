@@ -127,7 +127,11 @@ def main() -> None:
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (args.out / f"{name}.jsonl").write_text(lines)
         print(f"{args.out / name}.jsonl: {len(records)} pairs")
-    dataset = {"name": "shipped", "jsonl_path": "${data_root}/train.jsonl", "data_dir": "${data_root}"}
+    dataset = {
+        "name": "shipped",
+        "jsonl_path": "${data_root}/train.jsonl",
+        "data_dir": "${data_root}",
+    }
     mixture = {"restoration": {"weight": 1, **RULES, "datasets": [dataset]}}
     (args.out / "mixture.yaml").write_text(yaml.safe_dump(mixture, sort_keys=False))
 

@@ -19,15 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.packer import (  # noqa: E402
-    Packer,
-    PackerConfig,
-    Sample,
-    Segment,
-    TextSegment,
-    VaeSegment,
-    VitSegment,
-)
+from data.packer import Packer, PackerConfig, Sample, Segment, TextSegment, VaeSegment, VitSegment  # noqa: E402
 from modeling.bagel.bagel import Bagel, FlowInputs  # noqa: E402
 from modeling.bagel.generation import (  # noqa: E402
     Context,
@@ -92,9 +84,7 @@ def read_samples(folder: Path) -> list[Sample]:
             end_label = part["special_token_label"] if part["special_token_loss"] else None
             common = {"droppable": part["enable_cfg"] == 1, "end_label": end_label}
             if part["type"] == "text":
-                segments.append(
-                    TextSegment(ids=next(texts), answer=part["loss"] == 1, **common)
-                )
+                segments.append(TextSegment(ids=next(texts), answer=part["loss"] == 1, **common))
                 continue
             image = images[f"sample{i}_image{image_count}"]
             image_count += 1

@@ -1,0 +1,30 @@
+# Each target sets up what it needs in .venv; nothing has to be installed by hand but Python 3.11+.
+PYTHON ?= python3
+VENV := .venv/bin
+
+.PHONY: setup demo test lint checks checkpoint
+
+setup: .venv/ready
+
+.venv/ready: setup.py pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(VENV)/pip install --quiet --upgrade pip
+	$(VENV)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: setup
+	PATH="$(CURDIR)/$(VENV):$$PATH" bash scripts/tiny/demo.sh
+
+test: setup
+	$(VENV)/python -m pytest
+
+lint: setup
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/mypy
+
+checks: lint test
+
+# Re-creates configs/tiny/checkpoint from nothing (about an hour and a half on two cores).
+checkpoint: setup
+	PATH="$(CURDIR)/$(VENV):$$PATH" bash scripts/tiny/make_checkpoint.sh

@@ -1,0 +1,38 @@
+"""Package metadata; the build system and tool settings are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+DEMO = [
+    "matplotlib==3.11.2",
+    "nibabel==5.4.2",
+    "nilearn==0.14.1",
+    "pydicom==3.0.2",
+    "tokenizers==0.23.3",
+]
+
+setup(
+    name="bagel-restore",
+    version="0.1.0",
+    description="Fine-tuning of BAGEL for medical image restoration",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(
+        include=["modeling*", "data*", "train*", "inference_pipeline*", "scripts*"]
+    ),
+    install_requires=[
+        "torch==2.13.0",
+        "transformers==5.23.0",
+        "safetensors==0.8.0",
+        "numpy==2.4.6",
+        "pillow==13.0.0",
+        "pyyaml==6.0.3",
+        "rich==15.0.0",
+        "scikit-image==0.26.0",
+    ],
+    extras_require={
+        "demo": DEMO,
+        "dev": [*DEMO, "mypy==2.4.1", "pytest==9.2.0", "ruff==0.17.6", "types-PyYAML"],
+        "deepspeed": ["accelerate>=1.7", "deepspeed==0.19.*"],
+        "wandb": ["wandb"],
+    },
+)

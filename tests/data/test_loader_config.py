@@ -1,0 +1,251 @@
+"""The stream of packs: its order, its limits, exact resumption; the mixture file."""
+
+import dataclasses
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from data.config import load_mixture
+from data.images import ImageError
+from data.loader import LoaderConfig, PackedLoader
+from data.tokenizer import load_tokenizer
+from modeling.batch import PackedBatch
+from tests.helpers import RULES, packer_config, tiny_config, write_mixture, write_pairs
+
+LONGEST = 72
+"""Tokens of the longest pair of `mixture`; those of 16 x 16 pixels have 53 or 54."""
+SIZES = {"expected_num_tokens": 150, "max_num_tokens": 300, "max_num_tokens_per_sample": 120}
+
+
+def loader(checkpoint: Path, mixture: Path, dropout: float = 0.3, **changes: int) -> PackedLoader:
+    packing = packer_config(tiny_config(), vae_cond_dropout_prob=dropout)
+    config = LoaderConfig(**(SIZES | changes))
+    return PackedLoader(load_mixture(mixture), config, packing, load_tokenizer(checkpoint))
+
+
+def identical(a: PackedBatch, b: PackedBatch) -> bool:
+    tensors: list[list[torch.Tensor]] = [[], []]
+    for batch, found in zip((a, b), tensors, strict=True):
+        batch.map_tensors(lambda t, found=found: (found.append(t), t)[1])
+    plain = [
+        (
+            x.sample_lens,
+            x.split_lens,
+            x.attn_modes,
+            x.vae.names,
+            x.vae.noise_seeds,
+            x.vae.time_logits,
+        )
+        for x in (a, b)
+    ]
+    same = all(torch.equal(x, y) for x, y in zip(*tensors, strict=True))
+    return plain[0] == plain[1] and same
+
+
+def targets(batches: list[PackedBatch]) -> list[tuple[str, int, float]]:
+    """(sample, noise seed, time) of every target image, in stream order."""
+    return [
+        entry[:3]
+        for batch in batches
+        for *entry, target in zip(
+            batch.vae.names,
+            batch.vae.noise_seeds,
+            batch.vae.time_logits,
+            batch.vae.is_target,
+            strict=True,
+        )
+        if target
+    ]
+
+
+def test_a_stream_repeats_itself_and_changes_with_its_seed(checkpoint, mixture):
+    a, b = (loader(checkpoint, mixture) for _ in range(2))
+    assert all(identical(a.next_batch(), b.next_batch()) for _ in range(5))
+    other = loader(checkpoint, mixture, data_seed=43)
+    assert not identical(loader(checkpoint, mixture).next_batch(), other.next_batch())
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_resumption_gives_identical_batches(checkpoint, mixture, steps):
+    a, b = (loader(checkpoint, mixture) for _ in range(2))
+    for _ in range(steps):
+        a.next_batch()
+    b.load_state_dict(a.state_dict())
+    b.load_state_dict(yaml.safe_load(yaml.safe_dump(a.state_dict())))
+    assert all(identical(a.next_batch(), b.next_batch()) for _ in range(4))
+    assert a.state_dict() == b.state_dict()
+
+
+def test_the_stream_does_not_depend_on_the_pack_size(checkpoint, mixture):
+    streams = []
+    for sizes in ((1, 120), (150, 300), (500, 500)):
+        packs = loader(checkpoint, mixture, expected_num_tokens=sizes[0], max_num_tokens=sizes[1])
+        streams.append(targets([packs.next_batch() for _ in range(24)]))
+    assert len(streams[0]) == 24 and len(streams[1]) > 30
+    assert streams[1][:24] == streams[0] and streams[2][:24] == streams[0]
+
+
+def test_packs_are_full_and_never_too_large(checkpoint, mixture):
+    packs = loader(checkpoint, mixture, dropout=0.0, max_num_tokens=170)
+    sizes = [packs.next_batch().num_tokens for _ in range(30)]
+    assert max(sizes) <= 170 and min(sizes) > 170 - LONGEST
+    assert {size >= 150 for size in sizes} == {True, False}
+
+
+def test_an_epoch_holds_every_record_once_in_an_order_of_its_own(checkpoint, mixture):
+    packs = loader(checkpoint, mixture, expected_num_tokens=1)
+    names = [packs.next_batch().vae.names[0] for _ in range(15)]
+    epochs = [names[i : i + 5] for i in (0, 5, 10)]
+    assert all(len(set(epoch)) == 5 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert all(re.search(r"train\.jsonl:[1-5]$", name) for name in names)
+
+
+@pytest.fixture(scope="module")
+def three_sets(tmp_path_factory) -> list[Path]:
+    folders = [tmp_path_factory.mktemp("sets") / name for name in ("one", "two", "three")]
+    for folder, count in zip(folders, (2, 6, 4), strict=True):
+        write_pairs(folder, count)
+    return folders
+
+
+def test_shares_of_groups_and_data_sets(checkpoint, three_sets, tmp_path):
+    """Groups share by weight (3 : 1), the data sets inside a group by their records."""
+    path = write_mixture(tmp_path / "mixture.yaml", *three_sets[:2], weight=3)
+    second = yaml.safe_load(write_mixture(tmp_path / "x.yaml", three_sets[2]).read_text())
+    both = yaml.safe_load(path.read_text())
+    both["MedicalImageEditingIterableDataset_ver1"] = second["restoration"]
+    path.write_text(yaml.safe_dump(both, sort_keys=False))
+    packs = loader(checkpoint, path, expected_num_tokens=1)
+    assert packs.shares.tolist() == pytest.approx([3 / 4 * 1 / 4, 3 / 4 * 3 / 4, 1 / 4])
+    drawn: Counter[str] = Counter()
+    for _ in range(200):
+        drawn[Path(packs.next_batch().vae.names[0]).parent.name] += 1
+    assert drawn["three"] / 200 == pytest.approx(0.25, abs=0.09)
+    assert drawn["two"] / 200 == pytest.approx(0.5625, abs=0.1)
+    assert packs.draws == [drawn["one"], drawn["two"], drawn["three"]]
+    one = loader(checkpoint, write_mixture(tmp_path / "one.yaml", three_sets[0]))
+    with pytest.raises(ValueError, match="mixes 3 data sets, this one 1"):
+        one.load_state_dict(packs.state_dict())
+
+
+def test_num_used_data_takes_the_first(checkpoint, three_sets, tmp_path):
+    path = write_mixture(tmp_path / "mixture.yaml", three_sets[1])
+    content = yaml.safe_load(path.read_text())
+    content["restoration"]["datasets"][0]["num_used_data"] = 2
+    path.write_text(yaml.safe_dump(content))
+    packs = loader(checkpoint, path, expected_num_tokens=1)
+    names = {packs.next_batch().vae.names[0].rsplit(":")[-1] for _ in range(8)}
+    assert names == {"1", "2"}
+    content["restoration"]["datasets"][0]["num_used_data"] = -1
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match="num_used_data"):
+        loader(checkpoint, path)
+
+
+def test_samples_that_are_too_long_are_dropped_and_counted(checkpoint, mixture):
+    """Of the sizes 16 x 16, 16 x 24 and 20 x 16 only the first fits."""
+    sizes = {"max_num_tokens_per_sample": 60, "expected_num_tokens": 1}
+    packs = loader(checkpoint, mixture, **sizes)
+    names = [packs.next_batch().vae.names[0].rsplit(":")[-1] for _ in range(12)]
+    assert set(names) == {"1", "4"}
+    assert packs.too_long == packs.position - 12 > 6
+    resumed = loader(checkpoint, mixture, **sizes)
+    resumed.load_state_dict(packs.state_dict())
+    assert resumed.too_long == packs.too_long
+
+
+def test_nothing_but_long_samples_is_an_error_and_some_are_not(checkpoint, mixture):
+    with pytest.raises(
+        ValueError, match="100 samples in a row exceed max_num_tokens_per_sample=20"
+    ):
+        loader(checkpoint, mixture, max_num_tokens_per_sample=20).next_batch()
+    sizes = {"max_num_tokens_per_sample": 60, "expected_num_tokens": 5600, "max_num_tokens": 6000}
+    packs = loader(checkpoint, mixture, **sizes)
+    assert packs.next_batch().num_tokens >= 5600  # more than 100 were dropped, but not in a row
+    assert packs.too_long > 100
+
+
+def test_token_limits_that_contradict_each_other():
+    with pytest.raises(
+        ValueError, match="max_num_tokens_per_sample=500 exceeds max_num_tokens=300"
+    ):
+        LoaderConfig(**(SIZES | {"max_num_tokens_per_sample": 500}))
+    with pytest.raises(ValueError, match="expected_num_tokens=400 exceeds max_num_tokens=300"):
+        LoaderConfig(**(SIZES | {"expected_num_tokens": 400}))
+    with pytest.raises(ValueError, match="expected_num_tokens=0"):
+        LoaderConfig(**(SIZES | {"expected_num_tokens": 0}))
+
+
+def test_an_unreadable_image_is_named(checkpoint, tmp_path):
+    write_pairs(tmp_path / "pairs", 1)
+    (tmp_path / "pairs" / "images" / "0_clean.png").write_bytes(b"no image")
+    path = write_mixture(tmp_path / "mixture.yaml", tmp_path / "pairs")
+    with pytest.raises(ImageError, match=r"images/0_clean.png"):
+        loader(checkpoint, path).next_batch()
+
+
+def test_a_mixture(tmp_path):
+    write_pairs(tmp_path, 1)
+    rules = {key: dict(rule) for key, rule in RULES.items()}
+    dataset = {"name": "d", "jsonl_path": "${data_root}/train.jsonl", "data_dir": "${data_root}"}
+    path = tmp_path / "mixture.yaml"
+    path.write_text(yaml.safe_dump({"restoration": rules | {"datasets": [dataset]}}))
+    for mixture in (load_mixture(path), load_mixture(path, tmp_path)):
+        (group,) = mixture.groups
+        assert (group.task, group.weight) == ("restoration", 1.0)
+        assert dataclasses.asdict(group.image_transform_args) == rules["image_transform_args"] | {
+            "max_pixels": 14 * 14 * 9 * 1024
+        }
+        assert group.datasets[0].jsonl_path == tmp_path / "train.jsonl"
+        assert (group.datasets[0].data_dir, group.datasets[0].num_used_data) == (tmp_path, 0)
+    with pytest.raises(ValueError, match=r"elsewhere/train.jsonl does not exist"):
+        load_mixture(path, tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda m: m.update(restorations=m.pop("restoration")),
+            "unknown key 'restorations'; did you mean 'restoration'?",
+        ),
+        (
+            lambda m: m["restoration"].update(wieght=1),
+            "restoration: unknown key 'wieght'; did you mean 'weight'?",
+        ),
+        (lambda m: m["restoration"].update(zzz=1), "unknown key 'zzz'; known are ['datasets'"),
+        (lambda m: m["restoration"].pop("datasets"), "restoration: missing ['datasets']"),
+        (lambda m: m["restoration"].update(datasets=[]), "at least one data set"),
+        (lambda m: m["restoration"].update(weight=0), "positive weight"),
+        (
+            lambda m: m["restoration"]["image_transform_args"].update(max_imgae_size=1),
+            "restoration.image_transform_args: unknown key 'max_imgae_size'; did you mean 'max_im",
+        ),
+        (
+            lambda m: m["restoration"]["vit_image_transform_args"].pop("image_stride"),
+            "restoration.vit_image_transform_args: missing ['image_stride']",
+        ),
+        (
+            lambda m: m["restoration"]["datasets"][0].update(jsonl_pth="x"),
+            "unknown key 'jsonl_pth'; did you mean 'jsonl_path'?",
+        ),
+        (lambda m: m["restoration"]["datasets"][0].update(jsonl_path=5), "jsonl_path"),
+        (lambda m: m["restoration"]["datasets"][0].update(num_used_data="10"), "num_used_data"),
+        (lambda m: m.update(restoration=3), "a mapping is expected, not 3"),
+        (lambda m: m.clear(), "a mapping of tasks is expected"),
+    ],
+)
+def test_mistakes_in_a_mixture_are_named(tmp_path, edit, message):
+    write_pairs(tmp_path, 1)
+    path = write_mixture(tmp_path / "mixture.yaml", tmp_path)
+    content = yaml.safe_load(path.read_text())
+    edit(content)
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        load_mixture(path)
+    assert str(caught.value).startswith(f"{path}: ")

@@ -1,0 +1,294 @@
+"""Whole runs on a tiny model: determinism, exact resumption, and stops that leave no trace."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from modeling.bagel.losses import LossSet, StepOutputs, VelocityMSE
+from modeling.batch import PackedBatch
+from modeling.pretrained import CheckpointError, load_pretrained, save_pretrained
+from tests.helpers import (
+    pack,
+    restoration,
+    run_arguments,
+    tiny_config,
+    tiny_model,
+    write_mixture,
+    write_pairs,
+)
+from train.build import build_model, build_trainer, resume_folder
+from train.checkpoint import step_folders
+from train.main_sr_pixel_loss import main
+from train.metrics import Metrics
+from train.trainer import NonFiniteError, Trainer
+
+PIXEL_SPACE = {
+    "pixel_loss_weight": 0.5,
+    "pixel_loss_max_t": 1.0,
+    "ssim_loss_weight": 0.5,
+    "ssim_loss_max_t": 1.0,
+}
+SAVED = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "trainer_state.json")
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in SAVED}
+
+
+def logged(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, mixture, tmp_path_factory) -> Path:
+    """Four uninterrupted steps with every loss term, saved after steps 2 and 4."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    build_trainer(run_arguments(checkpoint, mixture, run, save_every=2, **PIXEL_SPACE)).fit()
+    return run
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    assert [f.name for f in step_folders(finished)] == ["0000002", "0000004"]
+    lines = logged(finished)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["lr"] for line in lines] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3])
+    for line in lines:
+        assert all(math.isfinite(value) for value in line.values())
+        assert line["mse_weighted"] == pytest.approx(line["mse"], rel=1e-5)
+        assert line["pixel_weighted"] == pytest.approx(0.5 * line["pixel"], rel=1e-5)
+        assert 100 <= line["tokens"] <= 300
+    model, report = load_pretrained(finished / "0000004", "ema")
+    assert report.share == 1.0 and model.config.timestep_shift == 1.5
+    arguments = json.loads((finished / "0000004" / "training_args.json").read_text())
+    assert arguments["arguments"]["pixel_loss_weight"] == 0.5
+
+
+def test_two_runs_are_the_same_to_the_bit(finished, checkpoint, mixture, tmp_path):
+    build_trainer(run_arguments(checkpoint, mixture, tmp_path, **PIXEL_SPACE)).fit()
+    assert hashes(tmp_path / "0000004") == hashes(finished / "0000004")
+    assert logged(tmp_path) == logged(finished)
+
+
+def test_stopping_and_resuming_changes_no_bit(finished, checkpoint, mixture, tmp_path, capsys):
+    shutil.copytree(finished / "0000002", tmp_path / "0000002")
+    trainer = build_trainer(run_arguments(checkpoint, mixture, tmp_path, **PIXEL_SPACE))
+    assert (
+        trainer.step == 2
+        and f"resumed from {tmp_path}/0000002 at step 2" in capsys.readouterr().out
+    )
+    trainer.fit()
+    assert hashes(tmp_path / "0000004") == hashes(finished / "0000004")
+    assert logged(tmp_path) == logged(finished)[2:]
+
+
+def test_resuming_from_a_named_folder(finished, checkpoint, mixture, tmp_path):
+    common = {"resume_from": finished / "0000002", **PIXEL_SPACE}
+    trainer = build_trainer(run_arguments(checkpoint, mixture, tmp_path, **common))
+    assert trainer.step == 2
+    trainer.fit()
+    assert hashes(tmp_path / "0000004") == hashes(finished / "0000004")
+
+
+def test_the_ema_of_a_run_is_its_formula(finished, checkpoint):
+    start = load_pretrained(checkpoint, "model")[0].state_dict()
+    raw, ema = (load_pretrained(finished / "0000002", w)[0].state_dict() for w in ("model", "ema"))
+    name = "llm2vae.weight"
+    assert (raw[name] - start[name]).abs().max() > 5e-4
+    # w1 is unknown, but lies where |ema - start| must stay below that of the raw weights.
+    assert (ema[name] - start[name]).norm() < 0.2 * (raw[name] - start[name]).norm()
+    assert (ema[name] - start[name]).norm() > 0.1 * 0.5 * (raw[name] - start[name]).norm()
+
+
+def test_which_folder_a_run_continues_from(finished, checkpoint, mixture, tmp_path):
+    def folder(run: Path, **changes: object) -> Path | None:
+        return resume_folder(run_arguments(checkpoint, mixture, run, **changes).training)
+
+    assert folder(finished) == finished / "0000004"
+    assert folder(tmp_path / "new") is None
+    assert folder(tmp_path / "new", resume_from="x") == Path("x")
+    with pytest.raises(ValueError, match="already holds 0000004"):
+        folder(finished, auto_resume=False)
+    with pytest.raises(ValueError, match="contradict each other: drop one"):
+        folder(finished, resume_from="x")
+
+
+def test_a_damaged_checkpoint_is_not_resumed(finished, checkpoint, mixture, tmp_path):
+    for name in ("optimizer.safetensors", "trainer_state.json"):
+        run = tmp_path / name
+        shutil.copytree(finished / "0000002", run / "0000002")
+        content = bytearray((run / "0000002" / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (run / "0000002" / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"{name} is damaged: sha256"):
+            build_trainer(run_arguments(checkpoint, mixture, run))
+
+
+def test_an_incomplete_folder_is_not_resumed(finished, checkpoint, mixture, tmp_path):
+    folder = shutil.copytree(finished / "0000002", tmp_path / "x" / "0000002")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"manifest.json"):
+        build_trainer(run_arguments(checkpoint, mixture, tmp_path, resume_from=folder))
+
+
+def test_resuming_with_other_trained_weights_is_refused(finished, checkpoint, mixture, tmp_path):
+    """Their optimizer state is not in the folder, or would be dropped without a word."""
+    shutil.copytree(finished / "0000002", tmp_path / "0000002")
+    with pytest.raises(CheckpointError, match=r"vit_model\."):
+        build_trainer(run_arguments(checkpoint, mixture, tmp_path, freeze_vit=True))
+
+
+def test_tied_embeddings_resume(mixture, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "tied")
+    model = tiny_model(tiny_config({"vocab_size": 512, "tie_word_embeddings": True}))
+    save_pretrained(model, folder, {"model": model.state_dict()})
+    args = run_arguments(folder, mixture, tmp_path / "run", total_steps=2, save_every=1)
+    build_trainer(args).fit()
+    expected = hashes(tmp_path / "run" / "0000002")
+    shutil.rmtree(tmp_path / "run" / "0000002")
+    trainer = build_trainer(args)
+    assert trainer.step == 1
+    trainer.fit()
+    assert hashes(tmp_path / "run" / "0000002") == expected
+
+
+def spoiled(batch: PackedBatch) -> PackedBatch:
+    """One clean image holds a NaN."""
+    images = [image.clone() for image in batch.vae.images]
+    images[-1][0, 0, 0] = torch.nan
+    return dataclasses.replace(batch, vae=dataclasses.replace(batch.vae, images=tuple(images)))
+
+
+def assert_untouched(trainer: Trainer, checkpoint: Path) -> None:
+    start = load_pretrained(checkpoint, "model")[0].state_dict()
+    assert all(torch.equal(v, start[k]) for k, v in trainer.model.state_dict().items())
+    assert all(torch.equal(v, start[k]) for k, v in trainer.ema.averages.items())
+    assert not trainer.optimizer.state_dict()["state"]
+    assert trainer.schedule.last_epoch == 0
+
+
+def test_a_step_that_is_not_finite_moves_nothing(checkpoint, mixture, tmp_path):
+    trainer = build_trainer(run_arguments(checkpoint, mixture, tmp_path))
+    batch = spoiled(trainer.loader.next_batch())
+    failing = pytest.raises(NonFiniteError, match=r"non-finite terms .*'mse'")
+    with Metrics(tmp_path / "m.jsonl", 0, 1) as metrics, failing as caught:
+        trainer.train_step(iter([batch]), metrics)
+    assert "step 0" in str(caught.value) and batch.vae.names[-1] in str(caught.value)
+    assert_untouched(trainer, checkpoint)
+
+
+class Unbounded(VelocityMSE):
+    """Infinite, with a gradient of zero."""
+
+    def total(self, out: StepOutputs) -> Tensor:
+        return out.velocity_pred.detach().sum() * math.inf + super().total(out)
+
+
+def test_an_infinite_loss_with_a_finite_gradient_stops_too(checkpoint, mixture, tmp_path):
+    trainer = build_trainer(run_arguments(checkpoint, mixture, tmp_path))
+    trainer.model.losses = LossSet((Unbounded(),))
+    failing = pytest.raises(NonFiniteError, match=r"non-finite terms \['mse'\]")
+    with Metrics(tmp_path / "m.jsonl", 0, 1) as metrics, failing:
+        trainer.train_step(iter(trainer.loader), metrics)
+    assert_untouched(trainer, checkpoint)
+
+
+def test_a_batch_without_any_term_is_an_error_that_says_so(checkpoint, tmp_path):
+    """Understanding alone, and no record has an answer."""
+    write_pairs(tmp_path / "pairs", 2, answers=False)
+    mixture = write_mixture(tmp_path / "mixture.yaml", tmp_path / "pairs")
+    trainer = build_trainer(run_arguments(checkpoint, mixture, tmp_path / "r", visual_gen=False))
+    with pytest.raises(ValueError, match=r"nothing to train on .*\bce\b"):
+        trainer.fit()
+
+
+def fixed(batch: PackedBatch) -> Iterator[PackedBatch]:
+    while True:
+        yield batch
+
+
+def test_losses_are_divided_by_their_counts(checkpoint, mixture, tmp_path):
+    """Also a count below 1, which weights of answers can have."""
+    args = run_arguments(checkpoint, mixture, tmp_path, ce_weight=0.25, lr=1e-9)
+    trainer = build_trainer(args)
+    batch = pack(trainer.model.config, restoration("a"), times={"a": 0.5})
+    labels = dataclasses.replace(
+        batch.labels, weights=0.125 * batch.labels.weights, total_weight=0.125 * 3
+    )
+    found = []
+    for case in (batch, dataclasses.replace(batch, labels=labels)):
+        with Metrics(tmp_path / "m.jsonl", 0, 1) as metrics:
+            trainer.train_step(fixed(case), metrics)
+            found.append(metrics.log(1))
+    terms = trainer.model(batch)
+    ce, mse = ((terms[n].sum / terms[n].count).item() for n in ("ce", "mse"))
+    for line in found:
+        assert line["ce"] == pytest.approx(ce, rel=1e-4)
+        assert line["ce_weighted"] == pytest.approx(0.25 * ce, rel=1e-4)
+        assert line["mse_weighted"] == pytest.approx(mse, rel=1e-4)
+    assert found[0]["total_norm"] == pytest.approx(found[1]["total_norm"], rel=1e-3)
+
+
+def test_gradients_are_clipped_to_their_norm(checkpoint, mixture, tmp_path):
+    trainer = build_trainer(run_arguments(checkpoint, mixture, tmp_path, max_grad_norm=0.01))
+    with Metrics(tmp_path / "m.jsonl", 0, 1) as metrics:
+        trainer.train_step(iter(trainer.loader), metrics)
+        line = metrics.log(1)
+    gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+    assert line["total_norm"] > 0.1
+    assert torch.cat(gradients).norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_weights_that_look_untrained_are_shouted_about(checkpoint, mixture, tmp_path, capsys):
+    trainer = build_trainer(run_arguments(checkpoint, mixture, tmp_path, total_steps=1))
+    with torch.no_grad():
+        trainer.model.language_model.lm_head.weight.zero_()
+    trainer.fit()
+    out = " ".join(capsys.readouterr().out.split())
+    assert "first cross-entropy is 6.24; random weights give 6.24" in out
+    assert "THE WEIGHTS LOOK UNTRAINED" in out
+
+
+def test_weights_are_never_invented(checkpoint, mixture, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "c")
+    (folder / "model.safetensors").unlink()
+    args = run_arguments(folder, mixture, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"model.safetensors not found; there is \['ae"):
+        build_trainer(args)
+    assert build_model(run_arguments(folder, mixture, tmp_path, finetune_from_ema=True))
+    (folder / "ema.safetensors").unlink()
+    model, report = build_model(run_arguments(folder, mixture, tmp_path, init_from_scratch=True))
+    assert report == f"RANDOM weights in the sizes of {folder} (init_from_scratch)"
+    assert torch.count_nonzero(model.llm2vae.weight) == 0
+    args.model.model_path = None
+    with pytest.raises(ValueError, match="--model_path is needed.*init_from_scratch"):
+        build_trainer(args)
+    args.model.model_path, args.data.dataset_config_file = str(checkpoint), None
+    with pytest.raises(ValueError, match="--dataset_config_file is needed"):
+        build_trainer(args)
+
+
+def test_a_size_that_contradicts_the_checkpoint(checkpoint, mixture, tmp_path):
+    args = run_arguments(checkpoint, mixture, tmp_path, llm_qk_norm=False)
+    with pytest.raises(CheckpointError, match="--llm_qk_norm"):
+        build_trainer(args)
+    args = run_arguments(checkpoint, mixture, tmp_path, timestep_shift=4.0, vit_select_layer=-2)
+    assert build_model(args)[0].config.timestep_shift == 4.0
+
+
+def test_the_entry_point(checkpoint, mixture, tmp_path, capsys):
+    args = run_arguments(checkpoint, mixture, tmp_path / "run", total_steps=1)
+    main([f"--{name}={value}" for name, value in args.flat().items() if name in args.sources])
+    assert [f.name for f in step_folders(tmp_path / "run")] == ["0000001"]
+    saved = json.loads((tmp_path / "run" / "training_args.json").read_text())
+    assert saved["sources"]["lr"] == "command line" and saved["arguments"] == args.flat()
+    out = capsys.readouterr().out
+    assert "loaded MODEL weights from" in out and "total_steps" in out
