@@ -28,7 +28,9 @@ def read_image(path: str | Path) -> Image.Image:
                 )
             image.load()
             return _to_rgb(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except ImageError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path}: {error}") from error
 
 

@@ -210,33 +210,38 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     verify: bool = True,
+    autoencoder: bool = True,
 ) -> tuple[Bagel, LoadReport]:
     """Builds the model on the meta device and loads every tensor of a checkpoint folder.
 
     `dtype` casts the model (None keeps the file's); the autoencoder keeps its own, because pixels
-    need float32. `verify` checks the sha256 of a folder that has a manifest. Raises CheckpointError
+    need float32. `verify` checks the sha256 of a folder that has a manifest. Without `autoencoder` it is
+    neither built nor loaded. Raises CheckpointError
     for a missing, unexpected or misshapen tensor, a missing file or a wrong hash.
     """
     folder = Path(folder)
     files = weight_files(folder, weights)
     vae_file = folder / VAE_FILE
     shapes = tensor_shapes(files)
-    if vae_file.exists():
+    if autoencoder and (folder / "vae_config.json").exists() and not vae_file.exists():
+        raise CheckpointError(f"{folder}: {VAE_FILE} not found, but vae_config.json is there")
+    vae_files = [vae_file] if autoencoder and vae_file.exists() else []
+    if vae_files:
         shapes |= {VAE_PREFIX + k: v for k, v in tensor_shapes([vae_file]).items()}
     if verify and (folder / MANIFEST).exists():
-        verify_manifest(folder, [f.name for f in [*files, vae_file] if f.exists()])
+        verify_manifest(folder, [f.name for f in [*files, *vae_files]])
     config = read_config(folder, shapes, overrides)
     with torch.device("meta"):
-        model = Bagel(config)
+        model = Bagel(config, autoencoder=autoencoder)
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     recomputed = _check_names(folder, expected, shapes, config)
-    sources = [(f, "") for f in files] + ([(vae_file, VAE_PREFIX)] if vae_file.exists() else [])
+    sources = [(f, "") for f in files] + [(f, VAE_PREFIX) for f in vae_files]
     tensors = _read_tensors(sources, dtype, device)
     _fill_gaps(model, tensors, recomputed, device)
     model.load_state_dict(tensors, strict=True, assign=True)
     if config.llm.tie_word_embeddings:
         model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
-    if config.vae is not None:
+    if hasattr(model, "vae"):
         model.vae.requires_grad_(False)
     report = LoadReport(
         folder=str(folder),
@@ -341,7 +346,7 @@ def save_pretrained(
         if model.config.llm.tie_word_embeddings:
             own.pop("language_model.lm_head.weight", None)
         _save_sharded(folder, weights, {k: v.to(dtype or v.dtype) for k, v in own.items()})
-    if model.config.vae is not None:
+    if hasattr(model, "vae"):
         save_safetensors(model.vae.state_dict(), folder / VAE_FILE)
     write_config(model.config, folder)
     if tokenizer_from is not None:

@@ -39,7 +39,10 @@ class Bagel(nn.Module):
     (`ae.safetensors`) and is frozen: gradients pass through its decoder, never into it.
     """
 
-    def __init__(self, config: BagelConfig, losses: LossSet | None = None) -> None:
+    def __init__(
+        self, config: BagelConfig, losses: LossSet | None = None, autoencoder: bool = True
+    ) -> None:
+        """Without `autoencoder` latents have to be given and pixels cannot be computed."""
         super().__init__()
         self.config = config
         self.losses = losses or LossSet()
@@ -52,7 +55,8 @@ class Bagel(nn.Module):
             self.vae2llm = nn.Linear(config.patch_latent_dim, hidden)
             self.llm2vae = nn.Linear(hidden, config.patch_latent_dim)
             self.latent_pos_embed = PositionEmbedding(config.max_latent_size, hidden)
-            self.vae = Autoencoder(config.vae).requires_grad_(False)
+            if autoencoder:
+                self.vae = Autoencoder(config.vae).requires_grad_(False)
         if config.vit is not None:
             self.vit_model = SiglipNavitModel(config.vit, config.vit_layers, config.vit_rope)
             self.connector = MLPConnector(config.vit.hidden_size, hidden, config.connector_act)

@@ -19,19 +19,29 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.cat([-b, a], dim=-1)
 
 
-def rope_2d(position_ids: Tensor, side: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (P, head_dim): first half of the channels by row, second by column.
+class VisionRope(nn.Module):
+    """Cosines and sines of the 2-D rope for every place of a side x side grid; in the state dict.
 
-    `position_ids` are row * side + column; each half is half-rotated over its own size.
+    Tables are (side * side, head_dim / 2), the half-rotated angles of rows and of columns.
     """
-    half = head_dim // 2
-    frequency = ROPE_BASE ** -(
-        torch.arange(0, half, 2, dtype=torch.float32, device=position_ids.device) / half
-    )
-    coordinates = torch.stack([position_ids // side, position_ids % side], dim=1)
-    angle = coordinates[:, :, None].float() * frequency
-    angle = torch.cat([angle, angle], dim=2).flatten(1)
-    return angle.cos(), angle.sin()
+
+    def __init__(self, side: int, head_dim: int) -> None:
+        super().__init__()
+        half = head_dim // 2
+        frequency = ROPE_BASE ** -(torch.arange(0, half, 2, dtype=torch.float32) / half)
+        index = torch.arange(side * side)
+        for name, coordinate in (("h", index // side), ("w", index % side)):
+            angle = (coordinate[:, None] * frequency).repeat(1, 2)
+            self.register_buffer(f"cos_{name}", angle.cos())
+            self.register_buffer(f"sin_{name}", angle.sin())
+
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(P,) int64 -> cosines and sines (P, head_dim): rows first, then columns."""
+        cos, sin = (
+            torch.cat([self.get_buffer(f"{fn}_{axis}")[position_ids] for axis in "hw"], dim=1)
+            for fn in ("cos", "sin")
+        )
+        return cos, sin
 
 
 class SiglipEmbeddings(nn.Module):
@@ -102,6 +112,8 @@ class SiglipVisionTransformer(nn.Module):
         self.embeddings = SiglipEmbeddings(config, rope, side)
         self.encoder = SiglipEncoder(config, num_layers)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        head_dim = config.hidden_size // config.num_attention_heads
+        self.rope = VisionRope(side, head_dim) if rope else None
 
 
 class SiglipNavitModel(nn.Module):
@@ -112,18 +124,13 @@ class SiglipNavitModel(nn.Module):
 
     def __init__(self, config: SiglipVisionConfig, num_layers: int, rope: bool) -> None:
         super().__init__()
-        self.rope_head_dim = config.hidden_size // config.num_attention_heads if rope else None
-        self.side = config.image_size // config.patch_size
-        self.vision_model = SiglipVisionTransformer(config, num_layers, rope, self.side)
+        side = config.image_size // config.patch_size
+        self.vision_model = SiglipVisionTransformer(config, num_layers, rope, side)
 
     def forward(self, patches: Tensor, position_ids: Tensor, lens: Sequence[int]) -> Tensor:
         """(P, patch_dim) in [-1, 1] and (P,) int64 -> (P, V); `lens` are patches per image."""
         model = self.vision_model
-        rope = (
-            None
-            if self.rope_head_dim is None
-            else rope_2d(position_ids, self.side, self.rope_head_dim)
-        )
+        rope = None if model.rope is None else model.rope(position_ids)
         x = model.embeddings(patches, position_ids)
         for layer in model.encoder.layers:
             x = layer(x, lens, rope)

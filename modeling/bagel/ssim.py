@@ -267,9 +267,10 @@ def _strip(
     d_mean, s_mean = blur(d), blur(s)
     d_variance = blur(d * d).addcmul_(d_mean, d_mean, value=-1)
     s_variance = blur(s * s).addcmul_(s_mean, s_mean, value=-1)
-    d_true, s_true = d_mean + d_centre, s_mean + s_centre
+    # Every blurred map may be overwritten from here on: a strip should stay in the cache.
+    d_true = d_mean + d_centre
     d_square = d_true * d_true
-    luminance = torch.addcmul(d_square, s_true, s_true).add_(2 * c1)
+    luminance = (s_mean + s_centre).square_().add_(d_square).add_(2 * c1)
     contrast = s_variance.add_(d_variance).add_(2 * c2)
     q, p = d_square.div_(luminance), d_variance.div_(contrast)
     loss = torch.add(p, q).addcmul_(p, q, value=-2)
@@ -285,9 +286,10 @@ def _strip(
     by_p = torch.rsub(q, 1, alpha=2).div_(contrast)
     if weight is not None:
         by_q, by_p = by_q * weight, by_p * weight
-    by_s_square = by_p * p
-    by_mean = s_true.add_(d_true).mul_(q).sub_(d_true).mul_(by_q).neg_()
-    by_mean.addcmul_(d_mean, by_p, value=-1).addcmul_(s_mean.add_(d_mean), by_s_square)
+    by_s_square = p.mul_(by_p)
+    both_mean = s_mean.add_(d_mean)
+    by_mean = d_true.addcmul_(both_mean + (s_centre + d_centre), q, value=-1).mul_(by_q)
+    by_mean.addcmul_(d_mean, by_p, value=-1).addcmul_(both_mean, by_s_square)
     gradient = blur.adjoint(by_mean)
     gradient.addcmul_(blur.adjoint(by_p), d)
     gradient.addcmul_(blur.adjoint(by_s_square), s.add_(d), value=-1)

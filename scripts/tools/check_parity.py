@@ -250,10 +250,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fixture", type=Path, required=True)
     folder = parser.parse_args().fixture
-    model, report = load_pretrained(folder, weights="ema")
+    has_vae = (folder / "ae.safetensors").exists()
+    model, report = load_pretrained(folder, weights="ema", autoencoder=has_vae)
     print(report)
     compare = Comparison()
-    has_vae = (folder / "ae.safetensors").exists()
     if (folder / "vae.safetensors").exists():
         check_vae(compare, model, folder)
     if (folder / "train_inputs.safetensors").exists():

@@ -206,7 +206,7 @@ def test_a_batch_without_any_term_is_an_error_that_says_so(checkpoint, tmp_path)
     write_pairs(tmp_path / "pairs", 2, answers=False)
     mixture = write_mixture(tmp_path / "mixture.yaml", tmp_path / "pairs")
     trainer = build_trainer(run_arguments(checkpoint, mixture, tmp_path / "r", visual_gen=False))
-    with pytest.raises(ValueError, match=r"nothing to train on .*\bce\b"):
+    with pytest.raises(ValueError, match=r"nothing to train on.*\bce\b"):
         trainer.fit()
 
 
