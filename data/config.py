@@ -93,10 +93,12 @@ def _group(path: Path, name: str, group: Any, root: str) -> GroupConfig:
 def _dataset(where: str, content: Any, root: str) -> DatasetConfig:
     keys = {"name", "jsonl_path", "data_dir", "num_used_data"}
     check_keys(where, content, keys, keys - {"num_used_data"})
-    paths = {k: Path(content[k].replace("${data_root}", root)) for k in ("jsonl_path", "data_dir")}
-    for path in paths.values():
-        if not path.exists():
-            raise ValueError(f"{where}: {path} does not exist")
-    return DatasetConfig(
-        name=content["name"], num_used_data=content.get("num_used_data", 0), **paths
-    )
+    used = content.get("num_used_data", 0)
+    if not isinstance(used, int) or used < 0:
+        raise ValueError(f"{where}: num_used_data={used!r} is no number of records")
+    paths = {}
+    for key in ("jsonl_path", "data_dir"):
+        paths[key] = Path(str(content[key]).replace("${data_root}", root))
+        if not paths[key].exists():
+            raise ValueError(f"{where}: {key} {paths[key]} does not exist")
+    return DatasetConfig(name=content["name"], num_used_data=used, **paths)

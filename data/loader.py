@@ -31,7 +31,9 @@ class LoaderConfig:
     """Longer samples are dropped and counted."""
 
     def __post_init__(self) -> None:
-        if not self.max_num_tokens_per_sample <= self.max_num_tokens:
+        if self.expected_num_tokens < 1:
+            raise ValueError(f"expected_num_tokens={self.expected_num_tokens} must be positive")
+        if self.max_num_tokens_per_sample > self.max_num_tokens:
             raise ValueError(
                 f"max_num_tokens_per_sample={self.max_num_tokens_per_sample} exceeds "
                 f"max_num_tokens={self.max_num_tokens}"
@@ -124,6 +126,7 @@ class PackedLoader:
                 continue
             if packer.num_tokens + tokens > self.config.max_num_tokens:
                 break
+            dropped = 0
             packer.add(sample, generator)
             self._advance(chosen)
         return packer.build()

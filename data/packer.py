@@ -148,7 +148,8 @@ class Packer:
                 position = self._add_text(segment, position, answer_weight)
             elif isinstance(segment, VitSegment | VaeSegment):
                 position = self._add_image(segment, position, sample.name, generator)
-        self.sample_lens.append(self.num_tokens - before)
+        if self.num_tokens > before:
+            self.sample_lens.append(self.num_tokens - before)
 
     def _dropped(self, segment: Segment, generator: torch.Generator) -> bool:
         probability = {

@@ -36,7 +36,7 @@ def read_records(path: str | Path) -> list[Record]:
     and RecordError for a file without any record.
     """
     path = Path(path)
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         records = [
             parse_record(line, f"{path}:{number}")
             for number, line in enumerate(lines, start=1)
@@ -47,11 +47,11 @@ def read_records(path: str | Path) -> list[Record]:
     return records
 
 
-def parse_record(line: str, source: str) -> Record:
+def parse_record(line: str | bytes, source: str) -> Record:
     """Raises RecordError when the line is no JSON object or a field is missing or misshapen."""
     try:
         raw = json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise RecordError(f"{source}: no JSON: {error}") from error
     if not isinstance(raw, dict):
         raise RecordError(f"{source}: a JSON object is expected, not {type(raw).__name__}")

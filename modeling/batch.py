@@ -11,6 +11,7 @@ I VAE images. `indexes` are int64 places in the sequence; tuples hold what the h
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, Self
 
 import torch
@@ -151,6 +152,10 @@ class PackedBatch(TensorRecord):
         length = sum(self.sample_lens)
         _require(sum(self.split_lens) == length, "split_lens", sum(self.split_lens), length)
         _require(len(self.split_lens) == len(self.attn_modes), "attn_modes", self.attn_modes)
+        ends = set(accumulate(self.split_lens))
+        _require(
+            ends >= set(accumulate(self.sample_lens)), "sample and split ends", self.sample_lens
+        )
         _require(self.position_ids.shape == (length,), "position_ids", self.position_ids.shape)
         tokens = len(self.text.ids)
         if self.vit is not None:

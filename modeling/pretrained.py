@@ -141,7 +141,13 @@ def read_config(
         "qk_norm": any(".q_norm." in name for name in shapes),
         "layer_module": _layer_module(shapes),
     }
+    has_weights = any(name.startswith("language_model.") for name in shapes)
     for key, value in llm_extra.items():
+        if not has_weights and key not in llm and key not in overrides:
+            raise CheckpointError(
+                f"{folder}/llm_config.json lacks {key} and there are no weights that tell it: "
+                "set --layer_module and --llm_qk_norm"
+            )
         llm.setdefault(key, value)
         llm[key] = overrides.pop(key, llm[key])
     vit = _json(folder / "vit_config.json")
@@ -180,6 +186,9 @@ def _vae_config(folder: Path, shapes: Mapping[str, Shape]) -> AutoencoderConfig 
     saved = _json(folder / "vae_config.json")
     known = {f.name for f in dataclasses.fields(AutoencoderConfig)}
     if saved:
+        unknown = sorted(set(saved) - known - {"downsample", "resolution"})
+        if unknown:
+            raise CheckpointError(f"{folder}/vae_config.json: unknown keys {unknown}")
         return AutoencoderConfig(**{k: v for k, v in saved.items() if k in known})
     if f"{VAE_PREFIX}encoder.conv_in.weight" not in shapes:
         return None
@@ -215,9 +224,9 @@ def load_pretrained(
     """Builds the model on the meta device and loads every tensor of a checkpoint folder.
 
     `dtype` casts the model (None keeps the file's); the autoencoder keeps its own, because pixels
-    need float32. `verify` checks the sha256 of a folder that has a manifest. Without `autoencoder` it is
-    neither built nor loaded. Raises CheckpointError
-    for a missing, unexpected or misshapen tensor, a missing file or a wrong hash.
+    need float32. `verify` checks the sha256 of a folder that has a manifest. Without `autoencoder`
+    it is neither built nor loaded. Raises CheckpointError for a missing, unexpected or misshapen
+    tensor, a missing file or a wrong hash.
     """
     folder = Path(folder)
     files = weight_files(folder, weights)
@@ -229,7 +238,8 @@ def load_pretrained(
     if vae_files:
         shapes |= {VAE_PREFIX + k: v for k, v in tensor_shapes([vae_file]).items()}
     if verify and (folder / MANIFEST).exists():
-        verify_manifest(folder, [f.name for f in [*files, *vae_files]])
+        configs = sorted(folder.glob("*_config.json"))
+        verify_manifest(folder, [f.name for f in [*files, *vae_files, *configs]])
     config = read_config(folder, shapes, overrides)
     with torch.device("meta"):
         model = Bagel(config, autoencoder=autoencoder)
@@ -342,6 +352,8 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for weights, state in states.items():
+        for stale in folder.glob(f"{weights}*.safetensors*"):
+            stale.unlink()
         own = {k: v for k, v in state.items() if not k.startswith(VAE_PREFIX)}
         if model.config.llm.tie_word_embeddings:
             own.pop("language_model.lm_head.weight", None)
@@ -433,6 +445,8 @@ def verify_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
 
     `names` limits the check to those files (all files of the manifest by default).
     """
+    if not (folder / MANIFEST).exists():
+        raise CheckpointError(f"{folder}: {MANIFEST} not found: the folder is incomplete")
     manifest = _json(folder / MANIFEST)
     for name in names if names is not None else manifest:
         path, expected = folder / name, manifest.get(name)

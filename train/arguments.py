@@ -6,6 +6,7 @@ The table of resolved values with the source of each is printed and saved with t
 
 import difflib
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -58,6 +59,10 @@ class DataArguments:
     """Longer samples are dropped and counted."""
     full_noise_fraction: float = 0.0
     """Share of the target images at t = 1, where few-step sampling starts."""
+
+    def __post_init__(self) -> None:
+        share = self.full_noise_fraction
+        _require(0 <= share <= 1, f"full_noise_fraction={share} is no share in [0, 1]")
 
 
 @dataclass(kw_only=True)
@@ -126,6 +131,12 @@ class TrainingArguments:
     """`auto` (a GPU if there is one), `cpu` or `cuda`."""
 
     def __post_init__(self) -> None:
+        for name in ("max_checkpoints", "log_every", "save_every", "total_steps"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("ce", "mse", "pixel_loss", "ssim_loss"):
+            weight = getattr(self, f"{name}_weight")
+            _require(weight >= 0, f"{name}_weight={weight} must not be negative")
+        _require(self.lr > 0, f"lr={self.lr} must be positive")
         _require(self.lr_scheduler in ("constant", "cosine"), f"lr_scheduler={self.lr_scheduler}")
         _require(
             self.pixel_loss_type in ("l1", "l2", "mse"),
@@ -235,13 +246,16 @@ def _command_line(argv: list[str]) -> dict[str, Any]:
     return values
 
 
-def _yaml_layers(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _yaml_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
     """The YAML file and those it extends, the deepest first."""
+    path = Path(os.path.normpath(path))
+    if path in above:
+        raise ValueError(f"{path}: extends itself through {', '.join(map(str, above))}")
     content = yaml.safe_load(path.read_text()) or {}
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a mapping of arguments is expected")
     base = content.pop("extends", None)
-    deeper = _yaml_layers(path.parent / base) if base else []
+    deeper = _yaml_layers(path.parent / base, (*above, path)) if base else []
     return [*deeper, (str(path), content)]
 
 
@@ -259,6 +273,10 @@ def _convert(name: str, raw: Any, source: str) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False}[str(raw).lower()]
-        return kind(raw)
+        if kind is not str:
+            return kind(str(raw))  # through text, so that YAML and command line agree
+        if isinstance(raw, str | int | float):
+            return str(raw)
+        raise TypeError
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{source}: {name}={raw!r} is no {kind.__name__}") from error

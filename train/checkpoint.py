@@ -19,6 +19,7 @@ from modeling.pretrained import (
     MANIFEST,
     PREPROCESSOR_FILE,
     VAE_PREFIX,
+    CheckpointError,
     Weights,
     save_pretrained,
     save_safetensors,
@@ -30,16 +31,17 @@ from modeling.pretrained import (
 from .arguments import RunArguments
 from .ema import EMA
 
-STEP_FOLDER = re.compile(r"\d{7}")
+STEP_FOLDER = re.compile(r"\d{7}|[1-9]\d{7,}")
 
 
 def step_folders(run: Path) -> list[Path]:
     """Complete step folders, the oldest first."""
     if not run.is_dir():
         return []
-    return sorted(
+    complete = [
         p for p in run.iterdir() if STEP_FOLDER.fullmatch(p.name) and (p / MANIFEST).exists()
-    )
+    ]
+    return sorted(complete, key=lambda p: int(p.name))
 
 
 def save_checkpoint(
@@ -86,7 +88,10 @@ def load_checkpoint(
     Raises CheckpointError when a file is missing or damaged.
     """
     verify_manifest(folder)
-    model.load_state_dict(_state(folder, "model") | _vae_state(model), strict=True)
+    state = _state(folder, "model")
+    if model.config.llm.tie_word_embeddings:
+        state["language_model.lm_head.weight"] = state["language_model.model.embed_tokens.weight"]
+    model.load_state_dict(state | _vae_state(model), strict=True)
     ema.load_state_dict(_state(folder, "ema"))
     _load_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
     return json.loads((folder / "trainer_state.json").read_text())
@@ -113,8 +118,15 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def _load_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
+    names = _trained_names(model)
+    if differing := sorted({key.rsplit("/", 1)[0] for key in tensors} ^ set(names)):
+        raise CheckpointError(
+            f"the optimizer state is not that of the trained weights: {', '.join(differing[:5])} "
+            f"({len(differing)} in all) are trained in one and not in the other; were freeze flags "
+            "changed?"
+        )
     state: dict[int, dict[str, Tensor]] = {}
-    for i, name in enumerate(_trained_names(model)):
+    for i, name in enumerate(names):
         for key in ("exp_avg", "exp_avg_sq", "step"):
             if f"{name}/{key}" in tensors:
                 state.setdefault(i, {})[key] = tensors[f"{name}/{key}"]

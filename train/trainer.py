@@ -65,9 +65,14 @@ class Trainer:
         for name, term in terms.items():
             # A count of 0 comes with a sum of exactly 0.
             weighted = self.weights[name] * term.sum
-            loss = loss + weighted / max(term.count, 1.0)
+            loss = loss + weighted / (term.count or 1.0)
             metrics.add(name, term.sum, term.count)
             metrics.add(f"{name}_weighted", weighted, term.count)
+        if not terms:
+            raise ValueError(
+                f"step {self.step}: nothing to train on: no sample of the batch has anything for "
+                f"{', '.join(self.weights)}"
+            )
         self.optimizer.zero_grad()
         loss.backward()
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -84,9 +89,10 @@ class Trainer:
 
     def require_finite(self, norm: Tensor, sums: dict[str, Tensor], batch: PackedBatch) -> None:
         """Raises NonFiniteError, before any weight has moved, naming the terms and the images."""
-        if torch.isfinite(norm):
+        finite = torch.isfinite(torch.stack([norm, *sums.values()]))
+        if finite.all():
             return
-        guilty = [name for name, value in sums.items() if not torch.isfinite(value)]
+        guilty = [name for name, ok in zip(sums, finite[1:].tolist(), strict=True) if not ok]
         names = batch.vae.names if batch.vae is not None else ()
         raise NonFiniteError(
             f"step {self.step}: gradient norm {norm.item()}, non-finite terms {guilty or 'none'}; "

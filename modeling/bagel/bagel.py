@@ -90,8 +90,10 @@ class Bagel(nn.Module):
                 nn.init.zeros_(parameter)
         if copy_init_moe:
             state = self.language_model.state_dict()
-            gen = {k: state[k.replace("_moe_gen", "")] for k in state if "_moe_gen" in k}
-            self.language_model.load_state_dict(gen, strict=False)
+            for name in state:
+                if "_moe_gen" in name:
+                    state[name] = state[name.replace("_moe_gen", "")]
+            self.language_model.load_state_dict(state)
 
     def embed_text(self, ids: Tensor) -> Tensor:
         return self.language_model.model.embed_tokens(ids)

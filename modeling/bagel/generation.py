@@ -87,6 +87,7 @@ class Context:
         self.cache = KVCache(model)
         self.position = 0
 
+    @torch.no_grad()
     def _run(
         self,
         embeddings: Tensor,
@@ -133,6 +134,7 @@ class Context:
         self.cache.length += num_tokens + 2
         self.position += 1
 
+    @torch.no_grad()
     def add_vit_image(self, image_pm1: Tensor) -> None:
         """Adds an image (3, H, W) in [-1, 1] through the ViT; sides are multiples of its patch."""
         config, device = self.model.config, self.model.device
@@ -146,6 +148,7 @@ class Context:
         self._image(self.model.embed_vit(vit), generated=False)
         self._commit_image(h * w)
 
+    @torch.no_grad()
     def add_vae_image(self, image_pm1: Tensor) -> None:
         """Adds an image (3, H, W) in [-1, 1] as clean latents (t = 0, posterior mean)."""
         config, device = self.model.config, self.model.device
@@ -161,12 +164,14 @@ class Context:
         ids = position_ids(*grid, config.max_latent_size, config.interpolate_pos)
         return ids.to(self.model.device)
 
+    @torch.no_grad()
     def velocity(self, x_LD: Tensor, t: float, ids: Tensor) -> Tensor:
         """(L, D) float32 velocity of the image x_t as the next segment; the cache stays."""
         embeddings = self.model.embed_latents(x_LD, x_LD.new_full((len(x_LD),), t), ids)
         hidden = self._image(embeddings, generated=True)
         return self.model.llm2vae(hidden[1:-1]).float()
 
+    @torch.no_grad()
     def generate_text(
         self,
         max_new_tokens: int,
@@ -182,21 +187,22 @@ class Context:
         `max_new_tokens` ids are drawn and nothing is appended after them.
         """
         ids: list[int] = []
-        next_id = self.tokens.bos
+        pending = [self.tokens.bos]
         while len(ids) < max_new_tokens:
-            hidden = self.append_ids([next_id])
+            hidden = self.append_ids(pending)
             logits = self.model.language_model.lm_head(hidden[-1]).float()[:num_valid_ids]
             if temperature > 0:
                 probabilities = (logits / temperature).softmax(0)
-                next_id = int(torch.multinomial(probabilities, 1, generator=generator))
+                next_id = int(torch.multinomial(probabilities.cpu(), 1, generator=generator))
             else:
                 next_id = int(logits.argmax())
+            pending = [next_id]
             if stop_at_eos and next_id == self.tokens.eos:
+                pending = []
                 break
             ids.append(next_id)
         if stop_at_eos:
-            unseen = ids[-1:] if next_id != self.tokens.eos else []
-            self.append_ids([*unseen, self.tokens.eos])
+            self.append_ids([*pending, self.tokens.eos])
         return ids
 
 

@@ -311,14 +311,16 @@ def compute_pixel_loss(
 ) -> Tensor:
     """Mean |x_pred - x_gt|^p of (B, C, H, W), p = 1 (`l1`) or 2 (`l2`, `mse`): a scalar.
 
-    `mask` (B, 1, H, W) holds per-pixel weights; the mean is then over the weights.
+    `mask` (B, 1, H, W) holds per-pixel weights; the mean is then over the weights, and 0 where
+    nothing has any.
     """
     if loss_type not in ("l1", "l2", "mse"):
         raise ValueError(f"pixel loss type {loss_type!r} is none of l1, l2, mse")
     error = (x_pred.float() - x_gt.float()).abs() ** (1 if loss_type == "l1" else 2)
     if mask is None:
         return error.mean()
-    return (error * mask).sum() / (mask.sum() * error.shape[1])
+    weight = mask.sum() * error.shape[1]
+    return (error * mask).sum() / weight.where(weight > 0, 1.0)
 
 
 def compute_perceptual_loss(

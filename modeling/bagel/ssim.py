@@ -33,9 +33,10 @@ K1, K2, SIGMA = 0.01, 0.03, 1.5
 STRIP_PIXELS = 2**17
 STRIP_PIXELS_ACCELERATOR = 2**22
 # A banded matrix product does (block + h) / w times the needed arithmetic, but small products run
-# slowly. Rows of windows in one product, and columns:
-BLOCK_ROWS = 64
-BLOCK_COLUMNS = 32
+# slowly: 8, 16, 32 and 64 tried.
+BLOCK = 16
+# More rows than this in a CPU's strip save no time.
+STRIP_ROWS = 64
 
 
 def gaussian_window(
@@ -166,10 +167,10 @@ def _sums(
     halo = len(taps) - 1
     # torch.compile fuses the taps into one loop; without it, on a CPU, matrix products are faster.
     banded = x.device.type == "cpu" and not compiled
-    images, rows = _strip_size(x, halo, BLOCK_ROWS if banded else x.shape[2])
+    images, rows = _strip_size(x, halo, STRIP_ROWS if banded else x.shape[2])
     strip = functools.partial(
         _compiled_strip() if compiled else _strip,
-        blur=_Bands(taps, dtype, x.shape[3], rows) if banded else _Taps(taps, dtype),
+        blur=_Bands(taps, dtype, x.shape[3]) if banded else _Taps(taps, dtype),
         c1=(K1 * data_range) ** 2,
         c2=(K2 * data_range) ** 2,
         need_grad=need_grad,
@@ -351,21 +352,22 @@ class _Taps:
 
 
 class _Bands:
-    """The same blur as matrix products with banded Toeplitz matrices, for a CPU.
+    """The same blur as matrix products with a banded Toeplitz matrix, block by block, for a CPU.
 
     A row is padded to whole blocks of columns, so that a tensor is a matrix of blocks without a
     copy. What a blurred row holds beyond the `valid` columns is nonsense: those windows ran on
     into the next row.
     """
 
-    def __init__(self, taps: tuple[float, ...], dtype: torch.dtype, width: int, rows: int):
+    def __init__(self, taps: tuple[float, ...], dtype: torch.dtype, width: int):
         self.halo = len(taps) - 1
         self.dtype = dtype
         self.valid = width - self.halo
-        self.block = max(BLOCK_COLUMNS, self.halo)
+        self.block = max(BLOCK, self.halo)
         self.padded = math.ceil(width / self.block) * self.block
-        self.columns = _band(taps, self.block, dtype).T
-        self.rows = _band(taps, rows, dtype)
+        self.band = _band(taps, self.block, dtype)
+        # What a block of outputs takes from its own block of inputs, and from the next one.
+        self.own, self.next = self.band[:, : self.block], self.band[:, self.block :]
 
     def lay_out(self, image: Tensor) -> Tensor:
         width = image.shape[-1]
@@ -375,22 +377,37 @@ class _Bands:
         return laid_out
 
     def __call__(self, maps: Tensor) -> Tensor:
-        rows = maps.shape[0] - self.halo
-        blocks = self.rows[:rows, : len(maps)] @ maps.view(len(maps), -1)
-        blocks = blocks.view(-1, self.block)
-        blurred = blocks @ self.columns[: self.block]
-        blurred[:-1].addmm_(blocks[1:, : self.halo], self.columns[self.block :])
-        return blurred.view(rows, *maps.shape[1:])
+        blocks = self.down(maps.view(len(maps), -1)).view(-1, self.block)
+        blurred = blocks @ self.own.T
+        blurred[:-1].addmm_(blocks[1:, : self.halo], self.next.T)
+        return blurred.view(-1, *maps.shape[1:])
 
     def adjoint(self, maps: Tensor) -> Tensor:
         """Overwrites the nonsense in `maps` with zeros."""
         maps[..., self.valid :] = 0
-        rows = len(maps)
-        blocks = maps.view(-1, self.block)
-        spread = blocks @ self.columns[: self.block].T
-        spread[1:, : self.halo].addmm_(blocks[:-1], self.columns[self.block :].T)
-        spread = self.rows[:rows, : rows + self.halo].T @ spread.view(rows, -1)
-        return spread.view(rows + self.halo, *maps.shape[1:])
+        rows, blocks = len(maps), maps.view(-1, self.block)
+        # The window is symmetric: down the rows the adjoint is the blur of a map between zeros.
+        framed = maps.new_empty(rows + 2 * self.halo, maps[0].numel())
+        framed[: self.halo] = 0
+        framed[rows + self.halo :] = 0
+        spread = framed[self.halo : rows + self.halo].view(-1, self.block)
+        torch.mm(blocks, self.own, out=spread)
+        spread[1:, : self.halo].addmm_(blocks[:-1], self.next)
+        return self.down(framed).view(-1, *maps.shape[1:])
+
+    def down(self, maps: Tensor) -> Tensor:
+        """Blur (rows + h, columns) along the rows: (rows, columns)."""
+        rows, columns = len(maps) - self.halo, maps.shape[1]
+        blurred = maps.new_empty(rows, columns)
+        whole, rest = divmod(rows, self.block)
+        if whole:
+            spans = maps.unfold(0, self.block + self.halo, self.block).transpose(1, 2)
+            out = blurred[: rows - rest].view(whole, self.block, columns)
+            torch.bmm(self.band.expand(whole, -1, -1), spans, out=out)
+        if rest:
+            band = self.band[:rest, : rest + self.halo]
+            torch.mm(band, maps[rows - rest :], out=blurred[rows - rest :])
+        return blurred
 
 
 def _band(taps: tuple[float, ...], outputs: int, dtype: torch.dtype) -> Tensor:

@@ -93,7 +93,6 @@ def test_packs_are_full_and_never_too_large(checkpoint, mixture):
     packs = loader(checkpoint, mixture, dropout=0.0, max_num_tokens=170)
     sizes = [packs.next_batch().num_tokens for _ in range(30)]
     assert max(sizes) <= 170 and min(sizes) > 170 - LONGEST
-    assert {size >= 150 for size in sizes} == {True, False}
 
 
 def test_an_epoch_holds_every_record_once_in_an_order_of_its_own(checkpoint, mixture):

@@ -129,7 +129,14 @@ def test_saving_casts_only_the_model(tmp_path):
     assert torch.equal(loaded.llm2vae.weight, model.llm2vae.weight.bfloat16())
     assert torch.equal(loaded.vae.decoder.conv_in.weight, model.vae.decoder.conv_in.weight)
     as_float, _ = load_pretrained(tmp_path, "model", dtype=torch.float32)
-    assert as_float.dtype == torch.float32
+    assert (as_float.dtype, as_float.vae.dtype) == (torch.float32, torch.float32)
+
+
+def test_loading_casts_only_the_model(checkpoint):
+    loaded, _ = load_pretrained(checkpoint, "model", dtype=torch.bfloat16)
+    vae = load_file(checkpoint / "ae.safetensors")
+    assert loaded.dtype == loaded.latent_pos_embed.pos_embed.dtype == torch.bfloat16
+    assert different(loaded.vae.state_dict(), vae) == []
 
 
 def test_files_carry_the_metadata_that_transformers_wants(checkpoint):

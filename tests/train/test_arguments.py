@@ -27,7 +27,7 @@ def test_later_sources_win_and_are_remembered(tmp_path):
     assert (args.model.model_path, args.model.vit_rope) == ("weights", True)
     assert training.total_steps == 500_000
     assert args.sources == {
-        "lr": str(tmp_path / "sub" / ".." / "base.yaml"),
+        "lr": base,
         "save_every": str(tmp_path / "sub" / "m.yaml"),
         "model_path": top,
         "log_every": "command line",
