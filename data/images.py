@@ -16,7 +16,7 @@ class ImageError(ValueError):
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """An RGB image; 16-bit grey is scaled to 8 bits, transparency is laid on white.
+    """The RGB image of a file.
 
     Raises ImageError for a missing, damaged or oversized file.
     """
@@ -27,14 +27,15 @@ def read_image(path: str | Path) -> Image.Image:
                     f"{path}: {image.width}x{image.height} is more than {MAX_PIXELS} pixels"
                 )
             image.load()
-            return _to_rgb(image)
+            return to_rgb(image)
     except ImageError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path}: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode -> RGB; 16-bit grey is scaled to 8 bits, transparency is laid on white."""
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.float64) / 65535.0
         return Image.fromarray(np.round(grey.clip(0, 1) * 255).astype(np.uint8)).convert("RGB")

@@ -63,6 +63,19 @@ class _Dataset:
         return self.records[self._order[place]]
 
 
+def _check_strides(group: GroupConfig, packer: PackerConfig) -> None:
+    """Raises ValueError where a resize rule gives sizes that the model cannot take."""
+    rules = (
+        ("image_transform_args", group.image_transform_args, packer.latent_stride),
+        ("vit_image_transform_args", group.vit_image_transform_args, packer.vit_patch_size),
+    )
+    for name, rule, stride in rules:
+        if rule.image_stride % stride:
+            raise ValueError(
+                f"{name}: image_stride={rule.image_stride} is no multiple of the model's {stride}"
+            )
+
+
 class PackedLoader:
     """Iterates packed batches; `state_dict` / `load_state_dict` resume exactly."""
 
@@ -78,6 +91,8 @@ class PackedLoader:
         self.datasets = [
             _Dataset(d, group, config.data_seed + i) for i, (group, d) in enumerate(pairs)
         ]
+        for group in mixture.groups:
+            _check_strides(group, packer_config)
         sizes = np.array([len(d.records) for d in self.datasets], dtype=float)
         # A group's share is its weight; inside a group every record is equally likely.
         in_group = [sizes[[d.group is group for d in self.datasets]].sum() for group, _ in pairs]

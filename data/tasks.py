@@ -40,7 +40,7 @@ def restoration_sample(
 ) -> Sample:
     """Context, then the assessment as an answer (if the record has one), then the clean image.
 
-    The last input and output image of a record count. Raises RecordError when the record has no
+    The first input and output image of a record count. Raises RecordError when the record has no
     output image and ImageError when an image cannot be read.
     """
     if not record.output_images:

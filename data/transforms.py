@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from .images import to_pm1
+from .images import to_pm1, to_rgb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,7 @@ class ResizeRule:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """(3, H, W) float32 in [-1, 1], bicubic with antialias."""
+        image = to_rgb(image)
         size = self.size(image.width, image.height)
         if size != image.size:
             image = image.resize(size, Image.Resampling.BICUBIC)

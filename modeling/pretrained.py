@@ -41,7 +41,7 @@ SHARD_BYTES = 5 * 10**9
 
 FLAGS = (
     (r"latent_pos_embed", "--max_latent_size"),
-    (r"vit_pos_embed|position_embedding", "--vit_max_num_patch_per_side or --vit_rope"),
+    (r"vit_pos_embed|position_emb|vit_model.*rope", "--vit_max_num_patch_per_side or --vit_rope"),
     (r"vit_model.*encoder\.layers\.", "--vit_select_layer (or num_hidden_layers of vit_config)"),
     (r"[qk]_norm", "--llm_qk_norm"),
     (r"_moe_gen", "--layer_module"),
@@ -352,8 +352,10 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for weights, state in states.items():
-        for stale in folder.glob(f"{weights}*.safetensors*"):
-            stale.unlink()
+        for stale in ("", ".index.json"):
+            (folder / f"{weights}.safetensors{stale}").unlink(missing_ok=True)
+        for shard in folder.glob(f"{weights}-*-of-*.safetensors"):
+            shard.unlink()
         own = {k: v for k, v in state.items() if not k.startswith(VAE_PREFIX)}
         if model.config.llm.tie_word_embeddings:
             own.pop("language_model.lm_head.weight", None)

@@ -45,6 +45,9 @@ def build_trainer(args: RunArguments) -> Trainer:
     apply_freeze_plan(model, args.training)
     terms = build_terms(args.training)
     model.losses = LossSet(tuple(term for term, _ in terms))
+    if model.losses.needs_image:
+        # Their activations are what runs out of memory at 512 x 512 pixels and above.
+        model.vae.decoder.checkpointed_levels = 2
     optimizer = build_optimizer(model, args.training)
     trainer = Trainer(
         args=args,

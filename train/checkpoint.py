@@ -119,11 +119,11 @@ def _load_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
     names = _trained_names(model)
-    if differing := sorted({key.rsplit("/", 1)[0] for key in tensors} ^ set(names)):
+    # Not the other way round: weights that have had no gradient yet have no state.
+    if frozen := sorted({key.rsplit("/", 1)[0] for key in tensors} - set(names)):
         raise CheckpointError(
-            f"the optimizer state is not that of the trained weights: {', '.join(differing[:5])} "
-            f"({len(differing)} in all) are trained in one and not in the other; were freeze flags "
-            "changed?"
+            f"the optimizer state is not that of the trained weights: {', '.join(frozen[:5])} "
+            f"({len(frozen)} in all) were trained and are frozen now; were freeze flags changed?"
         )
     state: dict[int, dict[str, Tensor]] = {}
     for i, name in enumerate(names):

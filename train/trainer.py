@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from data.loader import PackedLoader
 from modeling.bagel.bagel import Bagel
@@ -32,7 +32,7 @@ class Trainer:
     model: Bagel
     loader: PackedLoader
     optimizer: torch.optim.Optimizer
-    schedule: LRScheduler
+    schedule: LambdaLR
     ema: EMA
     weights: dict[str, float]
     """Weight of every loss term."""
@@ -130,5 +130,6 @@ class Trainer:
         state = load_checkpoint(folder, self.model, self.ema, self.optimizer)
         self.step = state["step"]
         self.loader.load_state_dict(state["loader"])
-        self.schedule.last_epoch = self.step - 1
-        self.schedule.step()
+        # Stepping the old schedule before the optimizer would warn.
+        lr_lambda = self.schedule.lr_lambdas[0]
+        self.schedule = LambdaLR(self.optimizer, lr_lambda, last_epoch=self.step - 1)

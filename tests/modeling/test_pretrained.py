@@ -121,6 +121,15 @@ def test_saving_again_replaces_what_was_there(tmp_path, monkeypatch):
     assert different(load_pretrained(tmp_path, "model")[0].state_dict(), new.state_dict()) == []
 
 
+def test_saving_leaves_other_files_alone(tmp_path):
+    model = tiny_model()
+    others = [tmp_path / f"{stem}_bf16.safetensors" for stem in ("model", "ema")]
+    for file in others:
+        file.write_bytes(b"another tool's")
+    save_pretrained(model, tmp_path, {"model": model.state_dict(), "ema": model.state_dict()})
+    assert [file.exists() and file.read_bytes() for file in others] == [b"another tool's"] * 2
+
+
 def test_saving_casts_only_the_model(tmp_path):
     model = tiny_model()
     save_pretrained(model, tmp_path, {"model": model.state_dict()}, dtype=torch.bfloat16)
@@ -180,6 +189,7 @@ def test_unexpected_tensor_is_named(folder):
         ({"layer_module": "Qwen2DecoderLayer"}, "_moe_gen.weight (32, 32) [check --layer_module]"),
         ({"qk_norm": False}, "q_norm.weight (8,) [check --llm_qk_norm]"),
         ({"vit_rope": True}, "position_embedding.weight (64, 24) [check --vit_max"),
+        ({"vit_rope": True}, "missing vit_model.vision_model.rope.cos_h (64, 6) [check --vit_max"),
     ],
 )
 def test_a_setting_that_does_not_fit_is_named(checkpoint, overrides, expected):

@@ -146,6 +146,19 @@ def test_resuming_with_other_trained_weights_is_refused(finished, checkpoint, mi
         build_trainer(run_arguments(checkpoint, mixture, tmp_path, freeze_vit=True))
 
 
+@pytest.mark.parametrize("args", [{"visual_und": False}, {"vit_cond_dropout_prob": 1}])
+def test_weights_that_have_had_no_gradient_yet_do_not_hinder(checkpoint, mixture, tmp_path, args):
+    """The head without answers, the vision side without its images: no optimizer state."""
+    settings = {"total_steps": 2, "save_every": 1} | args
+    build_trainer(run_arguments(checkpoint, mixture, tmp_path, **settings)).fit()
+    expected = hashes(tmp_path / "0000002")
+    shutil.rmtree(tmp_path / "0000002")
+    trainer = build_trainer(run_arguments(checkpoint, mixture, tmp_path, **settings))
+    assert trainer.step == 1
+    trainer.fit()
+    assert hashes(tmp_path / "0000002") == expected
+
+
 def test_tied_embeddings_resume(mixture, checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "tied")
     model = tiny_model(tiny_config({"vocab_size": 512, "tie_word_embeddings": True}))

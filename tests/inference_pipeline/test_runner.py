@@ -1,0 +1,177 @@
+"""Batch inference with the checkpoint that ships, on held-out slices."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from inference_pipeline.metrics import PSNR_OF_EQUAL_IMAGES, psnr_db, scores, ssim
+from inference_pipeline.restorer import DEFAULT_VAE_RULE, Restorer, TextConfig, read_rules
+from inference_pipeline.runner import ResumeError, RunConfig, run, summarise
+from modeling.bagel.generation import SamplingConfig
+from scripts.tiny.make_pairs import test_records as make_test_records
+
+CHECKPOINT = Path(__file__).parents[2] / "configs" / "tiny" / "checkpoint"
+FAST = {"sampling": SamplingConfig(num_timesteps=2), "text": TextConfig(max_new_tokens=32)}
+
+
+@pytest.fixture(scope="module")
+def restorer():
+    return Restorer.load(CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Two slices, both tasks: four samples."""
+    folder = tmp_path_factory.mktemp("pairs")
+    records = make_test_records(folder, every=20)
+    (folder / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def config(pairs: Path, output: Path, **changes: object) -> RunConfig:
+    common = {"annotation_file": pairs / "test.jsonl", "image_root": pairs, "output_dir": output}
+    return RunConfig(**(common | FAST | changes))
+
+
+def results(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+
+
+def without_times(result: dict) -> dict:
+    return {k: v for k, v in result.items() if k not in ("timestamp", "inference_time")}
+
+
+@pytest.fixture(scope="module")
+def finished(restorer, pairs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished")
+    return output, run(restorer, config(pairs, output))
+
+
+def test_held_out_slices_get_better(finished):
+    """The issue's own measure, at half its distance: noise 55 %, resolution 1.3 dB over bicubic."""
+    tasks = finished[1]["by_task_type"]
+    noise, blur = tasks["denoising"], tasks["super-resolution"]
+    distance = noise["psnr_ceiling_mean"] - noise["psnr_input_mean"]
+    assert noise["psnr_mean"] - noise["psnr_input_mean"] > 0.55 * distance
+    assert blur["psnr_mean"] > blur["psnr_bicubic_mean"] + 1.3
+    for task in (noise, blur):
+        assert task["ssim_mean"] > task["ssim_input_mean"]
+        assert task["psnr_ceiling_mean"] > task["psnr_input_mean"] + 6
+
+
+def test_every_number_and_image_is_written(finished, pairs):
+    output, statistics = finished
+    assert json.loads((output / "statistics.json").read_text()) == statistics
+    assert statistics["overall"]["total_samples"] == 4
+    assert statistics["overall"]["n_failed"] == 0
+    assert statistics["protocol"] == "medq"
+    for result in results(output):
+        images = {
+            kind: Image.open(output / result[key])
+            for kind, key in (("pred", "pred_img"), ("GT", "saved_output_img"))
+        }
+        again = scores(images["pred"], images["GT"])
+        assert again == {"psnr": result["psnr"], "ssim": result["ssim"]}
+        assert ("psnr_bicubic" in result) == (result["main_task_type"] == "super-resolution")
+    texts = {r["main_task_type"]: r["understanding_text"] for r in results(output)}
+    assert texts["denoising"] == "Moderate noise."
+    assert texts["super-resolution"] == "Low resolution, factor four."
+    means = np.mean([r["psnr"] for r in results(output)])
+    assert statistics["overall"]["psnr_mean"] == pytest.approx(means)
+
+
+def test_failed_samples_are_counted_and_the_rest_goes_on(restorer, pairs, tmp_path):
+    good = json.loads((pairs / "test.jsonl").read_text().splitlines()[0])
+    whole = (pairs / good["input_img"][0]["path"]).read_bytes()
+    (pairs / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (pairs / "dot.png").write_bytes(b"")
+    bad = [
+        "{no json",
+        json.dumps(good | {"input_img": [{"path": "missing.png"}]}),
+        json.dumps(good | {"input_img": [{"path": "cut.png"}]}),
+        json.dumps(good | {"input_img": [{"path": "dot.png"}]}),
+        json.dumps({k: v for k, v in good.items() if k != "output_img"}),
+        json.dumps(good | {"message": [{"from": "human", "value": "<image>"}]}),
+    ]
+    (tmp_path / "test.jsonl").write_text("\n".join([*bad, json.dumps(good)]) + "\n")
+    statistics = run(
+        restorer, config(pairs, tmp_path / "out", annotation_file=tmp_path / "test.jsonl")
+    )
+    assert statistics["overall"]["total_samples"] == 7
+    assert statistics["overall"]["n_failed"] == 6
+    errors = [r.get("error", "") for r in results(tmp_path / "out")]
+    expected = (":1: no JSON", "missing.png", "cut.png", "dot.png", "output_img", "empty", "")
+    assert all(part in error for part, error in zip(expected, errors, strict=True))
+
+
+def test_a_killed_run_goes_on_where_it_was(restorer, pairs, finished, tmp_path):
+    expected = [without_times(r) for r in results(finished[0])]
+    run(restorer, config(pairs, tmp_path, num_samples=2))
+    lines = (tmp_path / "results.jsonl").read_text()
+    (tmp_path / "results.jsonl").write_text(lines[:-40])  # killed while writing
+    statistics = run(restorer, config(pairs, tmp_path))
+    assert [without_times(r) for r in results(tmp_path)] == expected
+    psnr = "psnr_mean"
+    assert statistics["overall"][psnr] == pytest.approx(finished[1]["overall"][psnr], abs=1e-12)
+
+
+def test_other_settings_do_not_share_a_folder(restorer, pairs, tmp_path):
+    run(restorer, config(pairs, tmp_path, num_samples=1))
+    for changes in ({"seed": 7}, {"sampling": SamplingConfig(num_timesteps=3)}):
+        with pytest.raises(ResumeError, match="another configuration"):
+            run(restorer, config(pairs, tmp_path, **changes))
+
+
+def test_an_image_depends_on_its_seed_alone(restorer, pairs):
+    image = Image.open(next((pairs / "images" / "test").glob("*_0_input.png")))
+    a, b, c = (
+        restorer.restore(image, "Remove the noise.", **FAST, seed=seed).image for seed in (1, 1, 2)
+    )
+    assert a.tobytes() == b.tobytes() != c.tobytes()
+    assert restorer.assess(image, "Remove the noise.", FAST["text"]) == "Moderate noise."
+
+
+def test_guidance_acts_in_a_restoration(restorer, pairs):
+    image = Image.open(next((pairs / "images" / "test").glob("*_0_input.png")))
+    plain, text, both = (
+        np.asarray(
+            restorer.restore(
+                image,
+                "Remove the noise.",
+                SamplingConfig(num_timesteps=3, cfg_text_scale=t, cfg_img_scale=i),
+                FAST["text"],
+            ).image
+        )
+        for t, i in ((1.0, 2.0), (3.0, 1.0), (3.0, 2.0))
+    )
+    assert (plain != text).any() and (text != both).any()
+
+
+def test_metrics_against_scikit_image():
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(0, 256, (24, 20, 3), dtype=np.uint8) for _ in range(2))
+    images = Image.fromarray(a), Image.fromarray(b)
+    assert psnr_db(*images) == pytest.approx(peak_signal_noise_ratio(b, a), abs=1e-9)
+    expected = structural_similarity(a, b, channel_axis=2, data_range=255)
+    assert ssim(*images) == pytest.approx(expected, abs=1e-12)
+    assert psnr_db(images[0], images[0]) == PSNR_OF_EQUAL_IMAGES
+    assert ssim(images[0], images[0]) == 1
+    with pytest.raises(ValueError, match="cannot be compared"):
+        psnr_db(images[0], images[1].resize((5, 5)))
+
+
+def test_statistics_without_any_success():
+    summary = summarise([{"sample_id": 0, "error": "x"}])
+    assert summary["overall"] == {"total_samples": 1, "n_failed": 1}
+    assert list(summary["by_task_type"]) == ["None"]
+    assert not any(math.isnan(v) for v in summary["overall"].values())
+
+
+def test_rules_come_from_the_folder(tmp_path):
+    assert read_rules(CHECKPOINT)[0].image_stride == 8
+    assert read_rules(tmp_path)[0] == DEFAULT_VAE_RULE
