@@ -31,8 +31,14 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
-        "dev": [*DEMO, "mypy==2.4.1", "pytest==9.2.0", "ruff==0.17.6", "types-PyYAML"],
-        "deepspeed": ["accelerate>=1.7", "deepspeed==0.19.*"],
-        "wandb": ["wandb"],
+        "dev": [
+            *DEMO,
+            "mypy==2.4.1",
+            "pytest==9.2.0",
+            "ruff==0.17.6",
+            "types-PyYAML==6.0.12.20261113",
+        ],
+        "deepspeed": ["accelerate==1.15.0", "deepspeed==0.19.8"],
+        "wandb": ["wandb==0.31.0"],
     },
 )

@@ -53,6 +53,10 @@ def parse_record(line: str | bytes, source: str) -> Record:
         raw = json.loads(line)
     except ValueError as error:  # no JSON, or no UTF-8
         raise RecordError(f"{source}: no JSON: {error}") from error
+    try:
+        json.dumps(raw, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(f"{source}: a lone surrogate is no text: {error}") from error
     if not isinstance(raw, dict):
         raise RecordError(f"{source}: a JSON object is expected, not {type(raw).__name__}")
     messages = _messages(raw, source)

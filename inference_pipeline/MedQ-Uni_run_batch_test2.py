@@ -2,7 +2,7 @@
 
     python inference_pipeline/MedQ-Uni_run_batch_test2.py --model_path configs/tiny/checkpoint \\
         --annotation_file build/demo/data/test.jsonl --image_root build/demo/data \\
-        --output_dir build/demo/before --num_timesteps 3
+        --output_dir build/demo/before --num_timesteps 2
 """
 
 import argparse

@@ -19,9 +19,10 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from data.images import ImageError, read_image, to_uint8
+from data.images import read_image, to_uint8
 from data.records import Record, RecordError, parse_record
 from modeling.bagel.generation import SamplingConfig
+from modeling.pretrained import MANIFEST
 
 from .metrics import PROTOCOL, scores
 from .restorer import Restorer, TextConfig
@@ -57,26 +58,38 @@ def run(restorer: Restorer, config: RunConfig) -> dict[str, Any]:
 
     Raises ResumeError when `output_dir` holds results of another configuration.
     """
-    lines = [line for line in config.annotation_file.read_text().splitlines() if line.strip()]
+    content = config.annotation_file.read_bytes()
+    numbered = enumerate(content.split(b"\n"), start=1)
+    lines = [(number, line) for number, line in numbered if line.strip()]
     if config.num_samples >= 0:
         lines = lines[: config.num_samples]
     if not lines:
         raise ValueError(f"{config.annotation_file}: no sample")
     results_path = config.output_dir / "results.jsonl"
-    done = _done(config, str(restorer.report), results_path)
+    done = _done(config, _identity(restorer, content), results_path)
     todo = [i for i in range(len(lines)) if i not in done]
     console = Console(stderr=True)
     with results_path.open("a") as results:
         for i in track(
             todo, description="restoring", console=console, disable=not console.is_terminal
         ):
-            result = process(restorer, config, i, lines[i])
+            taken = {r["pred_img"] for r in done.values() if "pred_img" in r}
+            result = process(restorer, config, i, *lines[i], taken)
             results.write(json.dumps(result) + "\n")
             results.flush()
             done[i] = result
     statistics = summarise([done[i] for i in range(len(lines))])
     _write(config.output_dir / "statistics.json", statistics)
     return statistics
+
+
+def _identity(restorer: Restorer, annotations: bytes) -> str:
+    """Checkpoint and test set by content, so that a changed file at an old path is noticed."""
+    report = restorer.report
+    manifest = Path(report.folder) / MANIFEST if report else None
+    weights = manifest.read_bytes() if manifest and manifest.exists() else b""
+    digests = [hashlib.sha256(part).hexdigest()[:16] for part in (weights, annotations)]
+    return f"{report} (manifest {digests[0]}, test set {digests[1]})"
 
 
 def _done(config: RunConfig, checkpoint: str, results: Path) -> dict[int, dict[str, Any]]:
@@ -111,24 +124,31 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
-def process(restorer: Restorer, config: RunConfig, sample_id: int, line: str) -> dict[str, Any]:
-    """One sample -> one result line; an unreadable sample gives a line with `error`."""
+def process(
+    restorer: Restorer, config: RunConfig, sample_id: int, number: int, line: bytes, taken: set[str]
+) -> dict[str, Any]:
+    """One sample (line `number` of the file) -> one result line, with `error` if it failed.
+
+    `taken` are image paths of other samples, which are not overwritten.
+    """
     now = datetime.now(UTC).isoformat(timespec="seconds")
     result: dict[str, Any] = {"sample_id": sample_id, "timestamp": now}
     try:
-        record = parse_record(line, f"{config.annotation_file}:{sample_id + 1}")
+        record = parse_record(line, f"{config.annotation_file}:{number}")
         result |= {
             key: record.raw.get(key)
             for key in ("main_task_type", "degrade_type", "input_img", "output_img", "message")
         }
         if not record.output_images:
             raise RecordError(f"{record.source}: output_img is missing: nothing to compare with")
-        return result | _restore_and_score(restorer, config, record)
-    except (RecordError, ImageError, ValueError) as error:
+        return result | _restore_and_score(restorer, config, record, sample_id, taken)
+    except (ValueError, RuntimeError, OSError) as error:
         return result | {"error": f"{type(error).__name__}: {error}"}
 
 
-def _restore_and_score(restorer: Restorer, config: RunConfig, record: Record) -> dict[str, Any]:
+def _restore_and_score(
+    restorer: Restorer, config: RunConfig, record: Record, sample_id: int, taken: set[str]
+) -> dict[str, Any]:
     degraded = read_image(config.image_root / record.input_images[0])
     truth_file = read_image(config.image_root / record.output_images[0])
     start = time.perf_counter()
@@ -151,6 +171,8 @@ def _restore_and_score(restorer: Restorer, config: RunConfig, record: Record) ->
     saved = _save_images(
         config.output_dir,
         Path(record.input_images[0]),
+        sample_id,
+        taken,
         {"input": degraded, "GT": truth, "pred": restored.image},
     )
     return measured | {
@@ -162,10 +184,15 @@ def _restore_and_score(restorer: Restorer, config: RunConfig, record: Record) ->
     }
 
 
-def _save_images(output: Path, source: Path, images: dict[str, Image.Image]) -> dict[str, str]:
+def _save_images(
+    output: Path, source: Path, sample_id: int, taken: set[str], images: dict[str, Image.Image]
+) -> dict[str, str]:
     folder = output / "images" / Path(*[p for p in source.parent.parts if p not in ("/", "..")])
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {kind: folder / f"{source.stem}_{kind}.png" for kind in images}
+    stem = source.stem
+    if str((folder / f"{stem}_pred.png").relative_to(output)) in taken:
+        stem = f"{stem}_{sample_id}"
+    paths = {kind: folder / f"{stem}_{kind}.png" for kind in images}
     for kind, image in images.items():
         image.save(paths[kind])
     return {kind: str(path.relative_to(output)) for kind, path in paths.items()}

@@ -46,9 +46,9 @@ FLAGS = (
     (r"[qk]_norm", "--llm_qk_norm"),
     (r"_moe_gen", "--layer_module"),
     (r"vae2llm|llm2vae", "--latent_patch_size"),
-    (r"^(vit_model|connector)", "vit_config.json (another ViT size?) or --visual_und"),
-    (r"^vae\.", "vae_config.json (another autoencoder?)"),
-    (r".", "llm_config.json (a checkpoint of another model size?)"),
+    (r"^(vit_model|connector)", "--model_path: vit_config.json missing or of another ViT size?"),
+    (r"^vae\.", "--model_path: vae_config.json missing or of another autoencoder?"),
+    (r".", "--model_path: llm_config.json of another model size?"),
 )
 """What to change when tensors of a name do not fit; the first match counts."""
 
@@ -115,7 +115,10 @@ def _open(file: Path) -> Any:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: no JSON: {error}") from error
 
 
 def read_config(
@@ -233,7 +236,9 @@ def load_pretrained(
     vae_file = folder / VAE_FILE
     shapes = tensor_shapes(files)
     if autoencoder and (folder / "vae_config.json").exists() and not vae_file.exists():
-        raise CheckpointError(f"{folder}: {VAE_FILE} not found, but vae_config.json is there")
+        raise CheckpointError(
+            f"{folder}: {VAE_FILE} not found, but vae_config.json is there (check --model_path)"
+        )
     vae_files = [vae_file] if autoencoder and vae_file.exists() else []
     if vae_files:
         shapes |= {VAE_PREFIX + k: v for k, v in tensor_shapes([vae_file]).items()}

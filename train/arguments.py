@@ -6,6 +6,7 @@ The table of resolved values with the source of each is printed and saved with t
 
 import difflib
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -135,8 +136,22 @@ class TrainingArguments:
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("ce", "mse", "pixel_loss", "ssim_loss"):
             weight = getattr(self, f"{name}_weight")
-            _require(weight >= 0, f"{name}_weight={weight} must not be negative")
-        _require(self.lr > 0, f"lr={self.lr} must be positive")
+            _require(0 <= weight < math.inf, f"{name}_weight={weight} must be a number from 0 on")
+        for name in ("lr", "eps", "max_grad_norm"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"{name}={value} must be positive and finite")
+        for name in ("warmup_steps", "ssim_grad_scale"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is not in [0, 1)")
+        if self.lr_scheduler == "cosine":
+            _require(self.min_lr <= self.lr, f"min_lr={self.min_lr} exceeds lr={self.lr}")
+        share = self.pixel_space_t_fraction
+        _require(0 <= share <= 1, f"pixel_space_t_fraction={share} is no share in [0, 1]")
+        shift = self.timestep_shift
+        _require(shift is None or shift > 0, f"timestep_shift={shift} must be positive")
+        devices = ("auto", "cpu", "cuda")
+        _require(self.device in devices, f"device={self.device!r} is none of {devices}")
         _require(self.lr_scheduler in ("constant", "cosine"), f"lr_scheduler={self.lr_scheduler}")
         _require(
             self.pixel_loss_type in ("l1", "l2", "mse"),

@@ -21,9 +21,17 @@ __all__ = ["DataArguments", "ModelArguments", "RunArguments", "TrainingArguments
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    print(args.table(), flush=True)
-    trainer = build_trainer(args)
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(f"{__doc__}\nArguments and defaults (units: train/arguments.py):\n")
+        print(parse_arguments([]).table())
+        return
+    try:
+        args = parse_arguments(argv)
+        print(args.table(), flush=True)
+        trainer = build_trainer(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     trainer.run.mkdir(parents=True, exist_ok=True)
     args.save(trainer.run / "training_args.json")
     trainer.fit()

@@ -46,14 +46,6 @@ class BagelConfig:
                 f"{self.vit.num_hidden_layers} ViT layers"
             )
 
-        if self.vit is not None:
-            side = self.vit.image_size // self.vit.patch_size
-            if self.vit_max_num_patch_per_side > side:
-                raise ValueError(
-                    f"vit_max_num_patch_per_side={self.vit_max_num_patch_per_side} exceeds the "
-                    f"ViT's own table of side {side} (image_size / patch_size of vit_config)"
-                )
-
     @property
     def layer_module(self) -> str:
         return self.llm.layer_module

@@ -298,12 +298,20 @@ def compute_ssim_loss(
     window_size: int = 11,
     data_range: float = 1.0,
 ) -> Tensor:
-    """1 - SSIM, mean over images, of (B, C, H, W) in [0, data_range]: a scalar.
+    """1 - SSIM, mean over all windows, of (B, C, H, W) in [0, data_range]: a scalar.
 
-    `mask` (B, 1, H, W) holds per-pixel weights; it is cropped to the windows' centres, so that a
-    mask of ones equals no mask. Formula: Wang et al. 2004, Gaussian window with sigma 1.5.
+    `mask` (B, 1, H, W) holds per-pixel weights of the mean; it is cropped to the windows' centres,
+    so that a mask of ones equals no mask, and without any weight the loss is 0.
+    Formula: Wang et al. 2004, Gaussian window with sigma 1.5.
     """
-    return 1 - _ssim_core(x_pred, x_gt, window_size, data_range, mask).mean()
+    loss = 1 - _ssim_core(x_pred, x_gt, window_size, data_range, mask)
+    if mask is None:
+        return loss.mean()
+    height, width = mask.shape[-2:]
+    half = min(window_size, (min(height, width) - 1) // 2 * 2 + 1) // 2
+    weight = mask[..., half : height - half, half : width - half].sum((1, 2, 3), dtype=loss.dtype)
+    total = weight.sum()
+    return (loss * weight).sum() / total.where(total > 0, 1.0)
 
 
 def compute_pixel_loss(

@@ -167,14 +167,13 @@ def _sums(
     halo = len(taps) - 1
     # torch.compile fuses the taps into one loop; without it, on a CPU, matrix products are faster.
     banded = x.device.type == "cpu" and not compiled
-    images, rows = _strip_size(x, halo)
+    images, rows = _strip_size(x, halo, STRIP_ROWS if banded else x.shape[2])
     strip = functools.partial(
-        _strip,
+        _compiled_strip() if compiled else _strip,
         blur=_Bands(taps, dtype, x.shape[3]) if banded else _Taps(taps, dtype),
         c1=(K1 * data_range) ** 2,
         c2=(K2 * data_range) ** 2,
         need_grad=need_grad,
-        compiled=compiled,
     )
     loss = torch.zeros(x.shape[0], dtype=dtype, device=x.device)
     gradient = torch.empty_like(x) if need_grad else None
@@ -194,23 +193,21 @@ def _sums(
     return loss, gradient
 
 
-def _strip_size(x: Tensor, halo: int) -> tuple[int, int]:
+def _strip_size(x: Tensor, halo: int, most_rows: int) -> tuple[int, int]:
     """Images, and rows of windows, that make a strip."""
     B, C, H, W = x.shape
-    windows = H - halo
-    if x.device.type != "cpu":
-        images = max(1, min(B, STRIP_PIXELS_ACCELERATOR // (C * H * W)))
-        most = STRIP_PIXELS_ACCELERATOR // (images * C * W) - halo
-    else:
+    if x.device.type == "cpu":
         # Never two images: a banded product multiplies neighbours by zero, NaN * 0 is NaN, and an
         # image that is not finite would spoil the value of the next.
-        images = 1
-        most = min(STRIP_ROWS, STRIP_PIXELS // (C * W) - halo)
-    # With fewer rows of windows than halo, halos are most of the work.
-    most = max(most, halo, 1)
-    # Strips of about one height: a short last one costs nearly as much as a full one.
-    rows = math.ceil(windows / math.ceil(windows / most))
-    return images, math.ceil(rows / BLOCK) * BLOCK
+        pixels, images = STRIP_PIXELS, 1
+    else:
+        pixels, images = STRIP_PIXELS_ACCELERATOR, STRIP_PIXELS_ACCELERATOR // (C * H * W)
+        images = max(1, min(B, images))
+    windows = H - halo
+    # At least as many rows of windows as the halo adds: with fewer, halos are most of the work.
+    most = min(max(pixels // (images * C * W) - halo, halo, 1), max(most_rows, halo))
+    # All strips of about one height: a short last one costs nearly as much as a full one.
+    return images, math.ceil(windows / math.ceil(windows / most))
 
 
 def _sweep(
@@ -259,39 +256,14 @@ def _strip(
     c1: float,
     c2: float,
     need_grad: bool,
-    compiled: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Loss sum (B,) and gradient (rows + h, B, C, W) of the windows of one strip.
 
     x, y: (rows + h, B, C, W); weight: (rows, B, 1, W - h). Unscaled, see `_sums`.
     """
-    # Two graphs: in one, torch.compile would repeat the frame's bounds check at every tap.
-    windows, gradient = (
-        (_compile(_windows), _compile(_gradient)) if compiled else (_windows, _gradient)
-    )
-    loss, maps = windows(x, y, weight, blur, c1, c2, need_grad)
-    return loss, gradient(*maps, blur)[..., : x.shape[-1]] if need_grad else None
-
-
-@functools.cache
-def _compile(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=True)
-
-
-def _windows(
-    x: Tensor,
-    y: Tensor,
-    weight: Tensor | None,
-    blur: "_Bands | _Taps",
-    c1: float,
-    c2: float,
-    need_grad: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Loss sum (B,), and what `_gradient` takes: d and s, centred, and half the derivatives of
-    q + p - 2 q p by x through the means, through E[d^2] and (negative) through E[s^2]."""
-    width = x.shape[-1]
+    W = x.shape[-1]
     x, y = blur.lay_out(x), blur.lay_out(y)
-    (d, d_centre), (s, s_centre) = _centred(x - y, width), _centred(x + y, width)
+    (d, d_centre), (s, s_centre) = _centred(x - y, W), _centred(x + y, W)
     del x, y
     d_mean, s_mean = blur(d), blur(s)
     d_variance = blur(d * d).addcmul_(d_mean, d_mean, value=-1)
@@ -302,37 +274,27 @@ def _windows(
     luminance = (s_mean + s_centre).square_().add_(d_square).add_(2 * c1)
     contrast = s_variance.add_(d_variance).add_(2 * c2)
     q, p = d_square.div_(luminance), d_variance.div_(contrast)
-    by_q = torch.rsub(p, 1, alpha=2)
-    loss = torch.addcmul(p, q, by_q)
+    loss = torch.add(p, q).addcmul_(p, q, value=-2)
     if weight is not None:
         weight = blur.lay_out(weight)
         loss = loss * weight
-    loss = loss[..., : width - blur.halo].sum((0, 2, 3))
+    loss = loss[..., : W - blur.halo].sum((0, 2, 3))
     if not need_grad:
-        return loss, ()
+        return loss, None
 
-    by_q = by_q.div_(luminance)
-    by_d_square = torch.rsub(q, 1, alpha=2).div_(contrast)
+    # Half the derivative by x of q + p - 2 q p: through the means, E[d^2] and E[s^2].
+    by_q = torch.rsub(p, 1, alpha=2).div_(luminance)
+    by_p = torch.rsub(q, 1, alpha=2).div_(contrast)
     if weight is not None:
-        by_q, by_d_square = by_q * weight, by_d_square * weight
-    by_s_square = p.mul_(by_d_square)
+        by_q, by_p = by_q * weight, by_p * weight
+    by_s_square = p.mul_(by_p)
     both_mean = s_mean.add_(d_mean)
     by_mean = d_true.addcmul_(both_mean + (s_centre + d_centre), q, value=-1).mul_(by_q)
-    by_mean.addcmul_(d_mean, by_d_square, value=-1).addcmul_(both_mean, by_s_square)
-    return loss, (d, s, blur.frame(by_mean), blur.frame(by_d_square), blur.frame(by_s_square))
-
-
-def _gradient(
-    d: Tensor,
-    s: Tensor,
-    by_mean: Tensor,
-    by_d_square: Tensor,
-    by_s_square: Tensor,
-    blur: "_Bands | _Taps",
-) -> Tensor:
-    """Half the gradient of the loss sum, (rows + h, B, C, columns)."""
-    gradient = blur.adjoint(by_mean).addcmul_(blur.adjoint(by_d_square), d)
-    return gradient.addcmul_(blur.adjoint(by_s_square), s + d, value=-1)
+    by_mean.addcmul_(d_mean, by_p, value=-1).addcmul_(both_mean, by_s_square)
+    gradient = blur.adjoint(by_mean)
+    gradient.addcmul_(blur.adjoint(by_p), d)
+    gradient.addcmul_(blur.adjoint(by_s_square), s.add_(d), value=-1)
+    return loss, gradient[..., :W]
 
 
 def _centred(image: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -340,6 +302,11 @@ def _centred(image: Tensor, width: int) -> tuple[Tensor, Tensor]:
     variance does not depend on it."""
     centre = image[..., :width].mean((0, 3), keepdim=True)
     return image.sub_(centre), centre
+
+
+@functools.cache
+def _compiled_strip() -> Callable:
+    return torch.compile(_strip, dynamic=True)
 
 
 @contextmanager
@@ -379,13 +346,9 @@ class _Taps:
             blurred = blurred.add_(across[..., k : k + columns], alpha=tap)
         return blurred
 
-    def frame(self, maps: Tensor) -> Tensor:
-        """What `adjoint` takes: `maps` in a frame of zeros."""
+    def adjoint(self, maps: Tensor) -> Tensor:
         ends = (self.halo, self.halo)
-        return F.pad(maps, ends + (0, 0) * (maps.dim() - 2) + ends)
-
-    def adjoint(self, framed: Tensor) -> Tensor:
-        return self(framed)  # the window is symmetric
+        return self(F.pad(maps, ends + (0, 0) * (maps.dim() - 2) + ends))
 
 
 class _Bands:
@@ -419,21 +382,18 @@ class _Bands:
         blurred[:-1].addmm_(blocks[1:, : self.halo], self.next.T)
         return blurred.view(-1, *maps.shape[1:])
 
-    def frame(self, maps: Tensor) -> Tensor:
-        """What `adjoint` takes: `maps` with zeros for the nonsense."""
+    def adjoint(self, maps: Tensor) -> Tensor:
+        """Overwrites the nonsense in `maps` with zeros."""
         maps[..., self.valid :] = 0
-        return maps
-
-    def adjoint(self, framed: Tensor) -> Tensor:
-        rows, blocks = len(framed), framed.view(-1, self.block)
+        rows, blocks = len(maps), maps.view(-1, self.block)
         # The window is symmetric: down the rows the adjoint is the blur of a map between zeros.
-        spread = framed.new_empty(rows + 2 * self.halo, framed[0].numel())
-        spread[: self.halo] = 0
-        spread[rows + self.halo :] = 0
-        inner = spread[self.halo : rows + self.halo].view(-1, self.block)
-        torch.mm(blocks, self.own, out=inner)
-        inner[1:, : self.halo].addmm_(blocks[:-1], self.next)
-        return self.down(spread).view(-1, *framed.shape[1:])
+        framed = maps.new_empty(rows + 2 * self.halo, maps[0].numel())
+        framed[: self.halo] = 0
+        framed[rows + self.halo :] = 0
+        spread = framed[self.halo : rows + self.halo].view(-1, self.block)
+        torch.mm(blocks, self.own, out=spread)
+        spread[1:, : self.halo].addmm_(blocks[:-1], self.next)
+        return self.down(framed).view(-1, *maps.shape[1:])
 
     def down(self, maps: Tensor) -> Tensor:
         """Blur (rows + h, columns) along the rows: (rows, columns)."""

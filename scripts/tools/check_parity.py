@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,6 +36,14 @@ from modeling.pretrained import load_pretrained  # noqa: E402
 
 CE_WEIGHT = 0.25
 MODES = ("causal", "full", "noise")
+
+
+TRAINING_FILES = [
+    "packing_samples.json",
+    "packing_images.safetensors",
+    "train_inputs.safetensors",
+    "train_outputs.safetensors",
+]
 
 
 class Comparison:
@@ -178,7 +187,11 @@ def check_training(compare: Comparison, model: Bagel, folder: Path, has_vae: boo
     loss = CE_WEIGHT * ce.mean() + mse.mean()
     compare.close("loss", loss.reshape(1), outputs["loss"])
     loss.backward()
-    check_gradients(compare, model, json.loads((folder / "train_grad_norms.json").read_text()))
+    norms = folder / "train_grad_norms.json"
+    if norms.exists():
+        check_gradients(compare, model, json.loads(norms.read_text()))
+    else:
+        print(f"skipped gradient norms: no {norms.name}")
 
 
 def check_gradients(compare: Comparison, model: Bagel, expected: dict[str, float]) -> None:
@@ -254,12 +267,25 @@ def main() -> int:
     model, report = load_pretrained(folder, weights="ema", autoencoder=has_vae)
     print(report)
     compare = Comparison()
-    if (folder / "vae.safetensors").exists():
-        check_vae(compare, model, folder)
-    if (folder / "train_inputs.safetensors").exists():
-        check_training(compare, model, folder, has_vae)
-    if (folder / "inference.safetensors").exists():
-        check_inference(compare, model, folder)
+    parts: dict[str, tuple[list[str], Callable[[], None]]] = {
+        "vae": (["ae.safetensors", "vae.safetensors"], lambda: check_vae(compare, model, folder)),
+        "training": (TRAINING_FILES, lambda: check_training(compare, model, folder, has_vae)),
+        "inference": (
+            ["ae.safetensors", "inference.safetensors", "inference_args.json"],
+            lambda: check_inference(compare, model, folder),
+        ),
+    }
+    compared = 0
+    for name, (files, check) in parts.items():
+        absent = [file for file in files if not (folder / file).exists()]
+        if absent:
+            print(f"skipped {name}: no {', '.join(absent)}")
+        else:
+            check()
+            compared += 1
+    if not compared:
+        print(f"{folder}: nothing to compare")
+        return 1
     print(f"{folder}: {len(compare.failed)} failed {compare.failed if compare.failed else ''}")
     return 1 if compare.failed else 0
 

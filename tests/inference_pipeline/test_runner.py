@@ -109,6 +109,29 @@ def test_failed_samples_are_counted_and_the_rest_goes_on(restorer, pairs, tmp_pa
     assert all(part in error for part, error in zip(expected, errors, strict=True))
 
 
+def test_lines_are_those_of_the_file(restorer, pairs, tmp_path):
+    """Blank lines, bytes that are no text, separators inside a string, one input used twice."""
+    good = json.loads((pairs / "test.jsonl").read_text().splitlines()[0])
+    odd = good | {"message": [{"from": "human", "value": "Remove\u2028the\u0085noise."}]}
+    lone = good | {"message": [{"from": "human", "value": "\ud800"}]}
+    lines = [
+        b"",
+        json.dumps(good).encode(),
+        b'{"a": "\xff"}',
+        json.dumps(odd, ensure_ascii=False).encode(),
+        json.dumps(lone).encode(),
+    ]
+    (tmp_path / "test.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    output = tmp_path / "out"
+    run(restorer, config(pairs, output, annotation_file=tmp_path / "test.jsonl"))
+    first, bytes_, second, surrogate = results(output)
+    assert ":3: no JSON" in bytes_["error"] and ":5: a lone surrogate" in surrogate["error"]
+    assert first["pred_img"] != second["pred_img"]
+    (tmp_path / "test.jsonl").write_bytes(lines[1] + b"\n")
+    with pytest.raises(ResumeError, match="another configuration"):
+        run(restorer, config(pairs, output, annotation_file=tmp_path / "test.jsonl"))
+
+
 def test_a_killed_run_goes_on_where_it_was(restorer, pairs, finished, tmp_path):
     expected = [without_times(r) for r in results(finished[0])]
     run(restorer, config(pairs, tmp_path, num_samples=2))

@@ -3,6 +3,7 @@
 import dataclasses
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -337,6 +338,24 @@ def test_masks_of_named_functions():
     left[..., 12:] = 0
     expected = (pred - true).abs()[..., :12].mean()
     torch.testing.assert_close(compute_pixel_loss(pred, true, left), expected)
+
+
+def test_the_masked_ssim_is_the_mean_over_all_windows():
+    pred, true = images_01()
+    mask = torch.rand(3, 1, 20, 24)
+    mask[0] = 0
+    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    maps = [
+        structural_similarity(
+            p.numpy(), t.numpy(), channel_axis=0, data_range=1, full=True, **settings
+        )[1].mean(0)
+        for p, t in zip(pred.double(), true.double(), strict=True)
+    ]
+    inner = slice(5, -5)
+    losses_01 = 1 - torch.from_numpy(np.stack(maps))[:, None, inner, inner]
+    centres = mask[..., inner, inner].double()
+    expected = (losses_01 * centres).sum() / centres.sum()
+    assert compute_ssim_loss(pred, true, mask).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_gaussian_window_and_gradient_scale_by_name():

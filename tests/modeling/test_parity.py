@@ -43,3 +43,15 @@ def test_one_changed_weight_is_noticed(file, tensor, noticed, tmp_path, monkeypa
     save_file(tensors, folder / f"{file}.safetensors", {"format": "pt"})
     assert parity(folder, monkeypatch) == 1
     assert f"FAIL {noticed}" in capsys.readouterr().out
+
+
+def test_what_a_folder_lacks_is_skipped_and_nothing_at_all_fails(tmp_path, monkeypatch, capsys):
+    absent = shutil.ignore_patterns("inference_args.json", "ae.*", "train_grad_norms.json")
+    part = shutil.copytree(FIXTURES / "bagel_tiny", tmp_path / "part", ignore=absent)
+    assert parity(part, monkeypatch) == 0
+    text = capsys.readouterr().out
+    assert "skipped inference: no ae.safetensors, inference_args.json" in text
+    assert "skipped vae" in text and "skipped gradient norms" in text and "ok   loss" in text
+    (part / "train_outputs.safetensors").unlink()
+    assert parity(part, monkeypatch) == 1
+    assert "nothing to compare" in capsys.readouterr().out

@@ -165,7 +165,7 @@ def test_missing_tensor_is_named(folder):
 
 def test_unexpected_tensor_is_named(folder):
     change(folder, lambda tensors: tensors.update(stranger=torch.zeros(2, 3)))
-    assert "unexpected stranger (2, 3) [check llm_config.json" in failure(folder)
+    assert "unexpected stranger (2, 3) [check --model_path: llm_config.json" in failure(folder)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_another_model_size_is_named(folder):
     (folder / "manifest.json").unlink()
     message = failure(folder)
     assert f"misshapen {EMBED}: checkpoint (512, 32), model (512, 48)" in message
-    assert "[check llm_config.json (a checkpoint of another model size?)]" in message
+    assert "[check --model_path: llm_config.json of another model size?]" in message
     assert re.search(r"and \d+ more", message)
 
 
