@@ -4,7 +4,6 @@ Images are float arrays (H, W) or (H, W, C) in [0, 1]; results have the same ran
 """
 
 import numpy as np
-from PIL import Image
 
 Array = np.ndarray
 
@@ -31,9 +30,3 @@ def low_resolution(image_01: Array, factor: int) -> Array:
         raise ValueError(f"image {height}x{width} is no multiple of the factor {factor}")
     blocks = image_01.reshape(height // factor, factor, width // factor, factor, -1)
     return blocks.mean(axis=(1, 3)).reshape(height // factor, width // factor, *image_01.shape[2:])
-
-
-def resize(image_01: Array, height: int, width: int, method: Image.Resampling) -> Array:
-    """Resample a grey image (H, W) to (height, width) in float32, clipped to [0, 1]."""
-    resized = Image.fromarray(image_01.astype(np.float32)).resize((width, height), method)
-    return np.clip(np.asarray(resized), 0.0, 1.0)

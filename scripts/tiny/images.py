@@ -14,7 +14,7 @@ import pydicom.data
 import skimage.data
 from PIL import Image
 
-from data.degradations import low_resolution, resize
+from data.degradations import low_resolution
 
 SLICE_HEIGHT, SLICE_WIDTH = 112, 96
 TRAIN_SLICES_MM = (range(34, 84), range(128, 160))
@@ -68,6 +68,13 @@ def other_images() -> dict[str, np.ndarray]:
     }
 
 
+def random_crop(image: np.ndarray, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """(height, width, ...) from anywhere in an image that is at least as large."""
+    top = rng.integers(image.shape[0] - height + 1)
+    left = rng.integers(image.shape[1] - width + 1)
+    return image[top : top + height, left : left + width]
+
+
 def augment(image_01: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A slice (H, W) flipped, moved, zoomed by at most 12 % and with another contrast."""
     height, width = image_01.shape
@@ -90,6 +97,3 @@ def augment(image_01: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     )
     gamma = np.exp(rng.uniform(-0.3, 0.3))
     return np.clip(np.asarray(moved), 0.0, 1.0) ** gamma
-
-
-__all__ = ["augment", "held_out_slices", "mri_slices", "other_images", "resize", "training_slices"]

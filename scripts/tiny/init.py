@@ -46,7 +46,7 @@ def align_queries_and_keys(model: Bagel) -> None:
     """Keys start as copies of queries, so that attention starts as similarity.
 
     Tokens of one place in the degraded and in the restored image carry the same position and then
-    find each other from the first step; learning that takes a small model most of its training.
+    can find each other from the first step.
     """
     size = model.config.head_dim
     groups = model.config.llm.num_attention_heads // model.config.llm.num_key_value_heads

@@ -23,6 +23,7 @@ from scripts.tiny.images import (
     augment,
     held_out_slices,
     other_images,
+    random_crop,
     training_slices,
 )
 
@@ -68,12 +69,6 @@ def _record(folder: Path, name: str, clean_01: np.ndarray, degraded: tuple, data
     }
 
 
-def _other_crop(image_01: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    top = rng.integers(image_01.shape[0] - SLICE_HEIGHT + 1)
-    left = rng.integers(image_01.shape[1] - SLICE_WIDTH + 1)
-    return image_01[top : top + SLICE_HEIGHT, left : left + SLICE_WIDTH]
-
-
 def training_records(
     folder: Path, count: int, others_share: float, seed: int, varied: bool
 ) -> list[dict]:
@@ -84,7 +79,7 @@ def training_records(
     for i in range(count):
         if rng.random() < others_share:
             dataset, image = others[rng.integers(len(others))]
-            clean = _other_crop(image, rng)
+            clean = random_crop(image, SLICE_HEIGHT, SLICE_WIDTH, rng)
         else:
             dataset, clean = "icbm152", augment(slices[rng.integers(len(slices))], rng)
         main = not varied or rng.random() < 0.7

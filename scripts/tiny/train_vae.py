@@ -25,6 +25,7 @@ from scripts.tiny.images import (
     augment,
     held_out_slices,
     other_images,
+    random_crop,
     training_slices,
 )
 
@@ -43,12 +44,6 @@ def _to_pm1(images_01: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(rgb).astype(np.float32)).permute(0, 3, 1, 2) * 2 - 1
 
 
-def _crop(image_01: np.ndarray, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    top = rng.integers(image_01.shape[0] - height + 1)
-    left = rng.integers(image_01.shape[1] - width + 1)
-    return image_01[top : top + height, left : left + width]
-
-
 def batches(steps: int, batch_size: int, seed: int) -> Iterator[Tensor]:
     """Augmented batches in [-1, 1]: `batch_size` crops (3, 48, 48), then half as many slices."""
     rng = np.random.default_rng(seed)
@@ -58,9 +53,9 @@ def batches(steps: int, batch_size: int, seed: int) -> Iterator[Tensor]:
         size = (CROP, CROP) if on_crops else (SLICE_HEIGHT, SLICE_WIDTH)
         yield _to_pm1(
             [
-                _crop(others[rng.integers(len(others))], *size, rng)
+                random_crop(others[rng.integers(len(others))], *size, rng)
                 if rng.random() < OTHER_SHARE
-                else _crop(augment(slices[rng.integers(len(slices))], rng), *size, rng)
+                else random_crop(augment(slices[rng.integers(len(slices))], rng), *size, rng)
                 for _ in range(batch_size if on_crops else batch_size // 2)
             ]
         )
