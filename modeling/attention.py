@@ -7,14 +7,19 @@ Shape legend: S tokens, Hq query heads, Hk key heads (Hq a multiple of Hk), E he
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from .batch import AttentionMode
+
+Lens = Sequence[int]
+Modes = Sequence[AttentionMode]
+Device = torch.device | str
 
 
 class Attention(Protocol):
@@ -39,18 +44,14 @@ def grouped_sdpa(
     return out.permute(2, 0, 1, 3).reshape(queries, q_heads, size)
 
 
-def _token_splits(
-    split_lens: Sequence[int], modes: Sequence[AttentionMode]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _token_splits(split_lens: Lens, modes: Modes) -> tuple[Tensor, Tensor, Tensor]:
     """Per token: its split (int64), whether that is noise, whether it sees itself both ways."""
     lens = torch.tensor(split_lens)
     flags = torch.tensor([(m == "noise", m != "causal") for m in modes]).repeat_interleave(lens, 0)
     return torch.arange(len(lens)).repeat_interleave(lens), flags[:, 0], flags[:, 1]
 
 
-def split_mask(
-    split_lens: Sequence[int], modes: Sequence[AttentionMode], device: torch.device | str
-) -> Tensor:
+def split_mask(split_lens: Lens, modes: Modes, device: Device) -> Tensor:
     """(n, n) bool mask of one sample, True where the row (query) sees the column (key)."""
     split, noise, both_ways = _token_splits(split_lens, modes)
     index = torch.arange(len(split))
@@ -66,48 +67,28 @@ class PackedAttention:
     The cost is linear in the number of samples; masks are built once and shared by all layers.
     """
 
-    def __init__(
-        self,
-        sample_lens: Sequence[int],
-        split_lens: Sequence[int],
-        modes: Sequence[AttentionMode],
-        device: torch.device | str,
-    ) -> None:
+    def __init__(self, sample_lens: Lens, split_lens: Lens, modes: Modes, device: Device) -> None:
         self.sample_lens = list(sample_lens)
-        self.masks: list[Tensor | None] = []
-        first = 0
-        for length in sample_lens:
-            last, covered = first, 0
-            while covered < length:
-                covered += split_lens[last]
-                last += 1
-            only_causal = set(modes[first:last]) == {"causal"}
-            self.masks.append(
-                None
-                if only_causal
-                else split_mask(split_lens[first:last], modes[first:last], device)
-            )
-            first = last
+        ends = list(accumulate(split_lens, initial=0))
+        splits = [ends.index(end) for end in accumulate(sample_lens, initial=0)]
+        # Text alone needs no mask: a kernel's own causal mode is faster.
+        self.masks = [
+            split_mask(split_lens[first:last], modes[first:last], device)
+            if set(modes[first:last]) != {"causal"}
+            else None
+            for first, last in pairwise(splits)
+        ]
 
     def __call__(self, layer: int, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor) -> Tensor:
         parts = [x.split(self.sample_lens) for x in (q_SHE, k_SHE, v_SHE)]
-        outs = [
-            grouped_sdpa(q, k, v, mask, causal=mask is None)
-            for q, k, v, mask in zip(*parts, self.masks, strict=True)
-        ]
-        return torch.cat(outs)
+        samples = zip(*parts, self.masks, strict=True)
+        return torch.cat([grouped_sdpa(q, k, v, mask, mask is None) for q, k, v, mask in samples])
 
 
 class FlexPackedAttention:
     """The same through flex attention and a block mask: one compiled kernel on a GPU."""
 
-    def __init__(
-        self,
-        sample_lens: Sequence[int],
-        split_lens: Sequence[int],
-        modes: Sequence[AttentionMode],
-        device: torch.device | str,
-    ) -> None:
+    def __init__(self, sample_lens: Lens, split_lens: Lens, modes: Modes, device: Device) -> None:
         samples = torch.arange(len(sample_lens)).repeat_interleave(torch.tensor(sample_lens))
         sample, split, noise, both_ways = (
             x.to(device) for x in (samples, *_token_splits(split_lens, modes))
@@ -119,9 +100,7 @@ class FlexPackedAttention:
             return (sample[q] == sample[k]) & ordered & (same_split | ~noise[k])
 
         n = len(sample)
-        self.block_mask: BlockMask = create_block_mask(
-            visible, None, None, n, n, device=str(device)
-        )
+        self.block_mask = create_block_mask(visible, None, None, n, n, device=str(device))
         self.kernel = torch.compile(flex_attention) if sample.is_cuda else flex_attention
 
     def __call__(self, layer: int, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor) -> Tensor:
@@ -137,11 +116,7 @@ BACKENDS: dict[str, Callable[..., Attention]] = {
 
 
 def packed_attention(
-    sample_lens: Sequence[int],
-    split_lens: Sequence[int],
-    modes: Sequence[AttentionMode],
-    device: torch.device | str,
-    backend: str = "sdpa",
+    sample_lens: Lens, split_lens: Lens, modes: Modes, device: Device, backend: str = "sdpa"
 ) -> Attention:
     """The attention of one packed batch; `backend` is `sdpa` (everywhere) or `flex` (GPU)."""
     if backend not in BACKENDS:

@@ -4,6 +4,7 @@ Shape legend: B images, C image channels, H and W pixels, Z latent channels, h =
 Submodule names are the tensor names of `ae.safetensors`.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,11 @@ class AutoencoderConfig:
     def downsample(self) -> int:
         """Pixels per latent along each side."""
         return 2 ** (len(self.ch_mult) - 1)
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of every level, the highest resolution first."""
+        return [self.ch * m for m in self.ch_mult]
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -78,79 +84,49 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(out)
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+def _named(**modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(modules))
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = _conv3(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Middle(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+def _middle(channels: int) -> nn.Sequential:
+    return _named(
+        block_1=ResnetBlock(channels, channels),
+        attn_1=AttnBlock(channels),
+        block_2=ResnetBlock(channels, channels),
+    )
 
 
-class Level(nn.Module):
-    """Residual blocks of one resolution, then the change to the next (absent at the last)."""
+def _level(c_in: int, c_out: int, blocks: int, **resample: nn.Module) -> nn.Sequential:
+    """Residual blocks of one resolution, then the change to the next (none at the last)."""
+    widths = [c_in, *[c_out] * blocks]
+    pairs = zip(widths, widths[1:], strict=False)
+    return _named(block=nn.Sequential(*(ResnetBlock(a, b) for a, b in pairs)), **resample)
 
-    def __init__(self, channels: list[int], resample: str | None) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(
-            ResnetBlock(a, b) for a, b in zip(channels, channels[1:], strict=False)
-        )
-        if resample == "downsample":
-            self.downsample = Downsample(channels[-1])
-        elif resample == "upsample":
-            self.upsample = Upsample(channels[-1])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for module in self.block:
-            x = module(x)
-        for name in ("downsample", "upsample"):
-            if hasattr(self, name):
-                x = getattr(self, name)(x)
-        return x
+def _downsample(channels: int) -> nn.Sequential:
+    return _named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2))
+
+
+def _upsample(channels: int) -> nn.Sequential:
+    return _named(nearest=nn.Upsample(scale_factor=2.0), conv=_conv3(channels, channels))
 
 
 class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        widths = [config.ch * m for m in config.ch_mult]
-        last = len(widths) - 1
+        widths, levels = config.widths, []
+        for i, (c_in, c_out) in enumerate(zip([config.ch, *widths], widths, strict=False)):
+            change = {"downsample": _downsample(c_out)} if i < len(widths) - 1 else {}
+            levels.append(_level(c_in, c_out, config.num_res_blocks, **change))
         self.conv_in = _conv3(config.in_channels, config.ch)
-        self.down = nn.ModuleList(
-            Level(
-                [([config.ch, *widths])[i]] + [width] * config.num_res_blocks,
-                "downsample" if i < last else None,
-            )
-            for i, width in enumerate(widths)
-        )
-        self.mid = Middle(widths[-1])
+        self.down = nn.Sequential(*levels)
+        self.mid = _middle(widths[-1])
         self.norm_out = _norm(widths[-1])
         self.conv_out = _conv3(widths[-1], 2 * config.z_channels)
 
     def forward(self, image_pm1: Tensor) -> Tensor:
-        h = self.conv_in(image_pm1)
-        for level in self.down:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        h = self.mid(self.down(self.conv_in(image_pm1)))
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
@@ -162,16 +138,13 @@ class Decoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        widths = [config.ch * m for m in config.ch_mult]
+        widths, levels = config.widths, []
+        for i, (c_in, c_out) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
+            change = {"upsample": _upsample(c_out)} if i > 0 else {}
+            levels.append(_level(c_in, c_out, config.num_res_blocks + 1, **change))
         self.conv_in = _conv3(config.z_channels, widths[-1])
-        self.mid = Middle(widths[-1])
-        inputs = [*widths[1:], widths[-1]]
-        self.up = nn.ModuleList(
-            Level(
-                [inputs[i]] + [width] * (config.num_res_blocks + 1), "upsample" if i > 0 else None
-            )
-            for i, width in enumerate(widths)
-        )
+        self.mid = _middle(widths[-1])
+        self.up = nn.ModuleList(levels)
         self.norm_out = _norm(widths[0])
         self.conv_out = _conv3(widths[0], config.out_ch)
         self.checkpointed_levels = 0
@@ -187,14 +160,9 @@ class Decoder(nn.Module):
         # output layers leave autocast and run in fp32.
         with torch.autocast(h.device.type, enabled=False):
             dtype = torch.promote_types(h.dtype, torch.float32)
-            h = F.group_norm(
-                h.to(dtype),
-                NORM_GROUPS,
-                self.norm_out.weight.to(dtype),
-                self.norm_out.bias.to(dtype),
-                NORM_EPS,
-            )
+            norm_weight, norm_bias = (p.to(dtype) for p in self.norm_out.parameters())
             weight, bias = (p.to(dtype) for p in self.conv_out.parameters())
+            h = F.group_norm(h.to(dtype), NORM_GROUPS, norm_weight, norm_bias, NORM_EPS)
             return F.conv2d(F.silu(h), weight, bias, padding=1)
 
 

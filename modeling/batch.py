@@ -149,32 +149,24 @@ class PackedBatch(TensorRecord):
     vae: VaeImages | None = None
 
     def __post_init__(self) -> None:
-        length = sum(self.sample_lens)
-        _require(sum(self.split_lens) == length, "split_lens", sum(self.split_lens), length)
-        _require(len(self.split_lens) == len(self.attn_modes), "attn_modes", self.attn_modes)
-        ends = set(accumulate(self.split_lens))
-        _require(
-            ends >= set(accumulate(self.sample_lens)), "sample and split ends", self.sample_lens
-        )
-        _require(self.position_ids.shape == (length,), "position_ids", self.position_ids.shape)
-        tokens = len(self.text.ids)
-        if self.vit is not None:
-            _require(sum(self.vit.lens) == len(self.vit.patches), "vit.lens", self.vit.lens)
-            tokens += len(self.vit.patches)
-        if self.vae is not None:
-            vae = self.vae
-            _require(sum(vae.lens) == len(vae.indexes), "vae.grids", vae.grids)
-            per_image = {len(vae.images), len(vae.grids), len(vae.time_logits), len(vae.names)}
-            _require(per_image == {len(vae.noise_seeds)}, "vae: fields per image", per_image)
-            tokens += len(vae.indexes)
-        _require(tokens == length, "tokens of all kinds", tokens, length)
-        _require(set(self.attn_modes) <= {"causal", "full", "noise"}, "modes", self.attn_modes)
+        length, vit, vae = self.num_tokens, self.vit, self.vae
+        images = (vae.images, vae.grids, vae.time_logits, vae.noise_seeds, vae.names) if vae else ()
+        kinds = [self.text.ids, *([vit.patches] if vit else []), *([vae.indexes] if vae else [])]
+        ends = [set(accumulate(lens)) for lens in (self.split_lens, self.sample_lens)]
+        consistent = {
+            "split_lens": sum(self.split_lens) == length,
+            "sample and split ends": ends[0] >= ends[1],
+            "attn_modes": len(self.attn_modes) == len(self.split_lens),
+            "names of attn_modes": set(self.attn_modes) <= {"causal", "full", "noise"},
+            "position_ids": self.position_ids.shape == (length,),
+            "vit.lens": vit is None or sum(vit.lens) == len(vit.patches),
+            "vae.grids": vae is None or sum(vae.lens) == len(vae.indexes),
+            "fields per VAE image": len({len(f) for f in images}) <= 1,
+            "tokens of all kinds": sum(map(len, kinds)) == length,
+        }
+        if broken := [name for name, holds in consistent.items() if not holds]:
+            raise ValueError(f"PackedBatch: inconsistent {', '.join(broken)} ({length} tokens)")
 
     @property
     def num_tokens(self) -> int:
         return sum(self.sample_lens)
-
-
-def _require(condition: bool, what: str, *values: object) -> None:
-    if not condition:
-        raise ValueError(f"PackedBatch: inconsistent {what}: {', '.join(map(str, values))}")

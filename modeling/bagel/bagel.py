@@ -4,7 +4,6 @@ Shape legend: S sequence tokens, d hidden size, L latent tokens, D numbers in a 
 M latent tokens of target images.
 """
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -47,9 +46,7 @@ class Bagel(nn.Module):
         self.config = config
         self.losses = losses or LossSet()
         hidden = config.llm.hidden_size
-        self.language_model = Qwen2ForCausalLM(
-            config.llm, config.head_dim, config.qk_norm, config.layer_module, config.freeze_und
-        )
+        self.language_model = Qwen2ForCausalLM(config)
         if config.vae is not None:
             self.time_embedder = TimestepEmbedder(hidden)
             self.vae2llm = nn.Linear(config.patch_latent_dim, hidden)
@@ -78,21 +75,14 @@ class Bagel(nn.Module):
         """
         std = self.config.llm.initializer_range
         for name, module in self.named_modules():
-            if name.startswith("vae."):
-                continue
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, nn.Linear | nn.Embedding) and not name.startswith("vae."):
                 for parameter_name, parameter in module.named_parameters():
-                    nn.init.normal_(parameter, std=std if parameter_name == "weight" else 0.0)
-            elif isinstance(module, PositionEmbedding):
-                module.reset_parameters()
-        if self.config.vae is not None:
-            for parameter in self.llm2vae.parameters():
-                nn.init.zeros_(parameter)
+                    fixed_zero = name == "llm2vae" or parameter_name == "bias"
+                    nn.init.normal_(parameter, std=0.0 if fixed_zero else std)
         if copy_init_moe:
             state = self.language_model.state_dict()
             for name in state:
-                if "_moe_gen" in name:
-                    state[name] = state[name.replace("_moe_gen", "")]
+                state[name] = state[name.replace("_moe_gen", "")]
             self.language_model.load_state_dict(state)
 
     def embed_text(self, ids: Tensor) -> Tensor:
@@ -117,15 +107,12 @@ class Bagel(nn.Module):
         Posterior means, or samples with `noise` of the latents' shapes. Same-size images share
         one pass; nothing is padded, because the encoder's norms would see the padding.
         """
-        by_shape: dict[torch.Size, list[int]] = defaultdict(list)
-        for i, image in enumerate(images_pm1):
-            by_shape[image.shape].append(i)
         latents: dict[int, Tensor] = {}
-        for members in by_shape.values():
+        for shape in {image.shape for image in images_pm1}:
+            members = [i for i, image in enumerate(images_pm1) if image.shape == shape]
             stacked = torch.stack([images_pm1[i] for i in members])
             drawn = None if noise is None else torch.stack([noise[i] for i in members])
-            for i, latent in zip(members, self.vae.encode(stacked, drawn), strict=True):
-                latents[i] = latent.float()
+            latents.update(zip(members, self.vae.encode(stacked, drawn), strict=True))
         return [latents[i] for i in range(len(images_pm1))]
 
     def flow_inputs(self, vae: VaeImages) -> FlowInputs:
@@ -164,29 +151,22 @@ class Bagel(nn.Module):
         return torch.cat([p.to(parts[0].dtype) for p in parts])[place]
 
     def decode_tokens(
-        self,
-        embeddings: Tensor,
-        position_ids: Tensor,
-        gen_indexes: Tensor | None,
-        attention: Attention,
+        self, embeddings: Tensor, position_ids: Tensor, gen: Tensor | None, attention: Attention
     ) -> Tensor:
-        """(S, d) embeddings -> (S, d) hidden states after the final norms, sequence order."""
-        tokens = ExpertOrder.of(len(embeddings), gen_indexes, embeddings.device)
+        """(S, d) embeddings -> (S, d) hidden states after the final norms, in sequence order.
+
+        `gen` are the places of tokens of the generation expert, None if there are none.
+        """
+        tokens = ExpertOrder.of(len(embeddings), gen, embeddings.device)
         return self.language_model.model(embeddings, position_ids, tokens, attention)
 
     def hidden_states(self, batch: PackedBatch, flow: FlowInputs | None) -> Tensor:
         """(S, d) hidden states of a packed batch after the final norms."""
-        attention = packed_attention(
-            batch.sample_lens,
-            batch.split_lens,
-            batch.attn_modes,
-            batch.position_ids.device,
-            self.config.attention_backend,
-        )
-        gen_indexes = None if batch.vae is None else batch.vae.indexes
-        return self.decode_tokens(
-            self.embed(batch, flow), batch.position_ids, gen_indexes, attention
-        )
+        layout = batch.sample_lens, batch.split_lens, batch.attn_modes
+        device, backend = batch.position_ids.device, self.config.attention_backend
+        attention = packed_attention(*layout, device, backend)
+        gen = None if batch.vae is None else batch.vae.indexes
+        return self.decode_tokens(self.embed(batch, flow), batch.position_ids, gen, attention)
 
     def step_outputs(self, batch: PackedBatch, flow: FlowInputs | None = None) -> StepOutputs:
         """Everything that loss terms read. `flow` replaces the drawn latents and noise."""

@@ -6,8 +6,6 @@ past come from a cache.
 Shape legend: n new tokens, L latent tokens, D numbers in a latent token, Hk key heads, E head size.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,13 +54,11 @@ class KVCache:
         self.length = 0
 
     def reserve(self, new_tokens: int) -> None:
-        needed, capacity = self.length + new_tokens, self.store.shape[2]
-        if needed > capacity:
-            grown = self.store.new_empty(
-                *self.store.shape[:2], max(needed, 2 * capacity), *self.store.shape[3:]
-            )
-            grown[:, :, : self.length] = self.store[:, :, : self.length]
-            self.store = grown
+        missing = self.length + new_tokens - self.store.shape[2]
+        if missing > 0:
+            more = max(missing, self.store.shape[2])
+            room = self.store.new_empty(*self.store.shape[:2], more, *self.store.shape[3:])
+            self.store = torch.cat([self.store, room], dim=2)
 
     def attend(self, mode: AttentionMode, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of n new tokens to the past and to themselves, causally or both ways.
@@ -72,11 +68,10 @@ class KVCache:
         past, n = self.length, len(q)
         keys, values = self.store[layer, :, : past + n]
         keys[past:], values[past:] = k, v
-        mask = None
-        if mode == "causal" and n > 1 and past > 0:
+        mask, causal = None, mode == "causal" and n > 1
+        if causal and past > 0:
             mask = torch.ones(n, past + n, dtype=torch.bool, device=q.device).tril(past)
-        causal = mode == "causal" and n > 1 and past == 0
-        return grouped_sdpa(q.to(values.dtype), keys, values, mask, causal)
+        return grouped_sdpa(q.to(values.dtype), keys, values, mask, causal and past == 0)
 
 
 class Context:
@@ -93,71 +88,65 @@ class Context:
         embeddings: Tensor,
         positions: Tensor,
         mode: AttentionMode,
-        gen_indexes: Tensor | None = None,
+        gen: Tensor | None = None,
+        keep: bool = True,
     ) -> Tensor:
+        """(n, d) hidden states of the next segment, which stays in the context if `keep`."""
         self.cache.reserve(len(embeddings))
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return self.cache.attend(mode, layer, q, k, v)
 
-        return self.model.decode_tokens(
-            embeddings.to(self.model.dtype), positions, gen_indexes, attention
+        hidden = self.model.decode_tokens(
+            embeddings.to(self.model.dtype), positions, gen, attention
         )
+        if keep:
+            self.cache.length += len(embeddings)
+            self.position = int(positions[-1]) + 1
+        return hidden
 
-    def _ids(self, ids: list[int]) -> Tensor:
-        return torch.tensor(ids, device=self.model.device)
+    def _embed(self, *ids: int) -> Tensor:
+        return self.model.embed_text(torch.tensor(ids, device=self.model.device))
 
     def append_ids(self, ids: list[int]) -> Tensor:
         """Adds bare token ids causally; (n, d) hidden states."""
         positions = torch.arange(self.position, self.position + len(ids), device=self.model.device)
-        hidden = self._run(self.model.embed_text(self._ids(ids)), positions, "causal")
-        self.cache.length += len(ids)
-        self.position += len(ids)
-        return hidden
+        return self._run(self._embed(*ids), positions, "causal")
 
     def add_text(self, ids: list[int]) -> None:
         """Adds bos, ids, eos."""
         self.append_ids([self.tokens.bos, *ids, self.tokens.eos])
 
-    def _with_ends(self, embeddings: Tensor) -> Tensor:
-        ends = self.model.embed_text(self._ids([self.tokens.image_start, self.tokens.image_end]))
-        return torch.cat([ends[:1], embeddings.to(ends.dtype), ends[1:]])
-
-    def _image(self, embeddings: Tensor, generated: bool) -> Tensor:
+    def _image(self, embeddings: Tensor, generated: bool, keep: bool = True) -> Tensor:
         """Runs start, image tokens, end at one shared position, attending both ways."""
-        n = len(embeddings)
-        positions = torch.full((n + 2,), self.position, device=self.model.device)
-        gen_indexes = torch.arange(1, n + 1, device=self.model.device) if generated else None
-        return self._run(self._with_ends(embeddings), positions, "full", gen_indexes)
-
-    def _commit_image(self, num_tokens: int) -> None:
-        self.cache.length += num_tokens + 2
-        self.position += 1
+        n, device = len(embeddings), self.model.device
+        start, end = self._embed(self.tokens.image_start), self._embed(self.tokens.image_end)
+        segment = torch.cat([start, embeddings.to(start.dtype), end])
+        gen = torch.arange(1, n + 1, device=device) if generated else None
+        positions = torch.full((n + 2,), self.position, device=device)
+        return self._run(segment, positions, "full", gen, keep)
 
     @torch.no_grad()
     def add_vit_image(self, image_pm1: Tensor) -> None:
         """Adds an image (3, H, W) in [-1, 1] through the ViT; sides are multiples of its patch."""
         config, device = self.model.config, self.model.device
-        patch = config.vit_patch
-        h, w = image_pm1.shape[1] // patch, image_pm1.shape[2] // patch
+        h, w = (side // config.vit_patch for side in image_pm1.shape[1:])
         ids = position_ids(h, w, config.vit_max_num_patch_per_side, config.interpolate_pos)
-        patches = patchify(image_pm1.to(device), patch)
         vit = VitImages(
-            patches=patches, position_ids=ids.to(device), indexes=torch.arange(h * w), lens=(h * w,)
+            patches=patchify(image_pm1.to(device), config.vit_patch),
+            position_ids=ids.to(device),
+            indexes=torch.arange(h * w),
+            lens=(h * w,),
         )
         self._image(self.model.embed_vit(vit), generated=False)
-        self._commit_image(h * w)
 
     @torch.no_grad()
     def add_vae_image(self, image_pm1: Tensor) -> None:
         """Adds an image (3, H, W) in [-1, 1] as clean latents (t = 0, posterior mean)."""
-        config, device = self.model.config, self.model.device
-        latent = self.model.encode_images([image_pm1.to(device)])[0]
-        z = patchify(latent, config.latent_patch_size)
+        latent = self.model.encode_images([image_pm1.to(self.model.device)])[0]
+        z = patchify(latent, self.model.config.latent_patch_size)
         ids = self.latent_position_ids(latent_grid(self.model, image_pm1.shape[-2:]))
-        embeddings = self.model.embed_latents(z, z.new_zeros(len(z)), ids)
-        self._image(embeddings, generated=True)
-        self._commit_image(len(z))
+        self._image(self.model.embed_latents(z, z.new_zeros(len(z)), ids), generated=True)
 
     def latent_position_ids(self, grid: tuple[int, int]) -> Tensor:
         config = self.model.config
@@ -168,7 +157,7 @@ class Context:
     def velocity(self, x_LD: Tensor, t: float, ids: Tensor) -> Tensor:
         """(L, D) float32 velocity of the image x_t as the next segment; the cache stays."""
         embeddings = self.model.embed_latents(x_LD, x_LD.new_full((len(x_LD),), t), ids)
-        hidden = self._image(embeddings, generated=True)
+        hidden = self._image(embeddings, generated=True, keep=False)
         return self.model.llm2vae(hidden[1:-1]).float()
 
     @torch.no_grad()
@@ -223,20 +212,18 @@ def guided_velocity(
     `v_image` None leaves the image branch out. Norms are rescaled to that of `v` at most:
     `global` over the sample, `channel` per token, `text_channel` per token before the image branch.
     """
+
+    def renorm(guided: Tensor) -> Tensor:
+        dims = (-2, -1) if config.cfg_renorm_type == "global" else -1
+        norm, guided_norm = (x.norm(dim=dims, keepdim=True) for x in (v, guided))
+        return guided * (norm / (guided_norm + RENORM_EPS)).clamp(config.cfg_renorm_min, 1.0)
+
+    text_only = config.cfg_renorm_type == "text_channel"
     guided = v_text + config.cfg_text_scale * (v - v_text)
-    if config.cfg_renorm_type == "text_channel":
-        guided = _renorm(v, guided, config.cfg_renorm_min, per_token=True)
+    guided = renorm(guided) if text_only else guided
     if v_image is not None:
         guided = v_image + config.cfg_img_scale * (guided - v_image)
-    if config.cfg_renorm_type == "text_channel":
-        return guided
-    return _renorm(v, guided, config.cfg_renorm_min, config.cfg_renorm_type == "channel")
-
-
-def _renorm(reference: Tensor, guided: Tensor, minimum: float, per_token: bool) -> Tensor:
-    dims = -1 if per_token else (-2, -1)
-    norm, guided_norm = (x.norm(dim=dims, keepdim=True) for x in (reference, guided))
-    return guided * (norm / (guided_norm + RENORM_EPS)).clamp(minimum, 1.0)
+    return guided if text_only else renorm(guided)
 
 
 @torch.no_grad()

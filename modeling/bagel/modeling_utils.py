@@ -8,6 +8,8 @@ from transformers.activations import ACT2FN
 
 TIME_FREQUENCIES = 128
 MAX_PERIOD = 10_000.0
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines (S, 1, E) float32 of S tokens and head size E."""
 
 
 def _sin_cos(position: Tensor, channels: int) -> Tensor:
@@ -24,6 +26,14 @@ def sin_cos_table(side: int, channels: int) -> Tensor:
     return torch.cat([_sin_cos(index % side, half), _sin_cos(index // side, half)], dim=1).float()
 
 
+def apply_rope(x_SHE: Tensor, rope: Rope) -> Tensor:
+    """Half-rotation of every head by the angles of its token, computed in float32."""
+    cos, sin = rope
+    x = x_SHE.float()
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x_SHE.dtype)
+
+
 class PositionEmbedding(nn.Module):
     """Fixed 2-D sin-cos table; in the state dict, never trained."""
 
@@ -32,12 +42,7 @@ class PositionEmbedding(nn.Module):
     def __init__(self, side: int, channels: int) -> None:
         super().__init__()
         self.side = side
-        self.register_buffer("pos_embed", torch.empty(side * side, channels))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        if not self.pos_embed.is_meta:
-            self.pos_embed.copy_(sin_cos_table(self.side, self.pos_embed.shape[1]))
+        self.register_buffer("pos_embed", sin_cos_table(side, channels))
 
     def forward(self, position_ids: Tensor) -> Tensor:
         """(n,) int64 -> (n, channels)."""

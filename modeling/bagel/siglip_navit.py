@@ -6,17 +6,14 @@ Shape legend: P patches of all images, V hidden size, A heads, E head size.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipMLP
 
+from ..attention import grouped_sdpa
+from .modeling_utils import Rope, apply_rope
+
 ROPE_BASE = 10_000.0
-
-
-def rotate_half(x: Tensor) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([-b, a], dim=-1)
 
 
 class VisionRope(nn.Module):
@@ -35,13 +32,15 @@ class VisionRope(nn.Module):
             self.register_buffer(f"cos_{name}", angle.cos())
             self.register_buffer(f"sin_{name}", angle.sin())
 
-    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(P,) int64 -> cosines and sines (P, head_dim): rows first, then columns."""
-        cos, sin = (
-            torch.cat([self.get_buffer(f"{fn}_{axis}")[position_ids] for axis in "hw"], dim=1)
-            for fn in ("cos", "sin")
-        )
-        return cos, sin
+    def forward(self, position_ids: Tensor) -> list[Rope]:
+        """(P,) int64 -> the angles of the rows and of the columns."""
+        return [
+            (
+                self.get_buffer(f"cos_{axis}")[position_ids, None],
+                self.get_buffer(f"sin_{axis}")[position_ids, None],
+            )
+            for axis in "hw"
+        ]
 
 
 class SiglipEmbeddings(nn.Module):
@@ -65,26 +64,20 @@ class SiglipAttention(nn.Module):
             nn.Linear(width, width) for _ in range(4)
         )
 
-    def forward(
-        self, x_PV: Tensor, lens: Sequence[int], rope: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
+    def forward(self, x_PV: Tensor, lens: Sequence[int], ropes: list[Rope]) -> Tensor:
         q, k, v = (
             proj(x_PV).unflatten(1, (self.heads, -1))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if rope is not None:
-            q, k = (_rotate(x, *rope) for x in (q, k))
-        outs = [
-            F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in image))[0]
-            for image in zip(*(x.split(list(lens)) for x in (q, k, v)), strict=True)
-        ]
-        return self.out_proj(torch.cat(outs, dim=1).transpose(0, 1).flatten(1))
-
-
-def _rotate(x_PAE: Tensor, cos_PE: Tensor, sin_PE: Tensor) -> Tensor:
-    row, column = x_PAE.float().chunk(2, dim=-1)
-    rotated = torch.cat([rotate_half(row), rotate_half(column)], dim=-1)
-    return (x_PAE.float() * cos_PE[:, None] + rotated * sin_PE[:, None]).to(x_PAE.dtype)
+        if ropes:
+            q, k = (
+                torch.cat(
+                    [apply_rope(*pair) for pair in zip(x.chunk(2, -1), ropes, strict=True)], -1
+                )
+                for x in (q, k)
+            )
+        images = zip(*(x.split(list(lens)) for x in (q, k, v)), strict=True)
+        return self.out_proj(torch.cat([grouped_sdpa(*image) for image in images]).flatten(1))
 
 
 class SiglipEncoderLayer(nn.Module):
@@ -95,25 +88,28 @@ class SiglipEncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = SiglipMLP(config)
 
-    def forward(self, x: Tensor, lens: Sequence[int], rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), lens, rope)
+    def forward(self, x: Tensor, lens: Sequence[int], ropes: list[Rope]) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), lens, ropes)
         return x + self.mlp(self.layer_norm2(x))
 
 
-class SiglipEncoder(nn.Module):
-    def __init__(self, config: SiglipVisionConfig, num_layers: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(num_layers))
-
-
 class SiglipVisionTransformer(nn.Module):
-    def __init__(self, config: SiglipVisionConfig, num_layers: int, rope: bool, side: int) -> None:
+    def __init__(self, config: SiglipVisionConfig, num_layers: int, rope: bool) -> None:
         super().__init__()
+        side = config.image_size // config.patch_size
+        layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(num_layers))
         self.embeddings = SiglipEmbeddings(config, rope, side)
-        self.encoder = SiglipEncoder(config, num_layers)
+        self.encoder = nn.ModuleDict({"layers": layers})
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         head_dim = config.hidden_size // config.num_attention_heads
         self.rope = VisionRope(side, head_dim) if rope else None
+
+    def forward(self, patches: Tensor, position_ids: Tensor, lens: Sequence[int]) -> Tensor:
+        ropes = [] if self.rope is None else self.rope(position_ids)
+        x = self.embeddings(patches, position_ids)
+        for layer in self.encoder.get_submodule("layers").children():
+            x = layer(x, lens, ropes)
+        return self.post_layernorm(x)
 
 
 class SiglipNavitModel(nn.Module):
@@ -124,14 +120,8 @@ class SiglipNavitModel(nn.Module):
 
     def __init__(self, config: SiglipVisionConfig, num_layers: int, rope: bool) -> None:
         super().__init__()
-        side = config.image_size // config.patch_size
-        self.vision_model = SiglipVisionTransformer(config, num_layers, rope, side)
+        self.vision_model = SiglipVisionTransformer(config, num_layers, rope)
 
     def forward(self, patches: Tensor, position_ids: Tensor, lens: Sequence[int]) -> Tensor:
         """(P, patch_dim) in [-1, 1] and (P,) int64 -> (P, V); `lens` are patches per image."""
-        model = self.vision_model
-        rope = None if model.rope is None else model.rope(position_ids)
-        x = model.embeddings(patches, position_ids)
-        for layer in model.encoder.layers:
-            x = layer(x, lens, rope)
-        return model.post_layernorm(x)
+        return self.vision_model(patches, position_ids, lens)
