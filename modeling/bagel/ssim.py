@@ -14,14 +14,14 @@ The formula is evaluated in the difference d = x - y and the sum s = x + y:
 which is the textbook SSIM, needs the same four blurs, and has no cancellation where it matters:
 equal images have d = 0, hence a loss and a gradient of exactly 0 at any brightness.
 
-Shapes: B images, C channels, H x W pixels, w window, h = w - 1 halo. Inside a strip the order is
-(rows, B, C, columns): with rows outermost a vertical blur is one matrix product.
+Shapes: B images, C channels, H x W pixels, N planes (a channel of an image), w window,
+h = w - 1 halo.
 """
 
 import functools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ STRIP_PIXELS_ACCELERATOR = 2**22
 # slowly: 8, 16, 32 and 64 tried.
 BLOCK = 16
 # More rows than this in a CPU's strip save no time.
-STRIP_ROWS = 64
+STRIP_ROWS = 256
 
 
 def gaussian_window(
@@ -46,15 +46,11 @@ def gaussian_window(
 
     Raises ValueError when `window_size` is even or below 1.
     """
-    return torch.tensor(_gaussian_taps(window_size, sigma), dtype=dtype, device=device)
-
-
-def _gaussian_taps(window_size: int, sigma: float = SIGMA) -> tuple[float, ...]:
     if window_size < 1 or window_size % 2 == 0:
         raise ValueError(f"SSIM window_size must be odd and at least 1, got {window_size}")
-    offsets = range(-(window_size // 2), window_size // 2 + 1)
-    taps = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in offsets]
-    return tuple(tap / math.fsum(taps) for tap in taps)
+    offsets = torch.arange(window_size, dtype=torch.float64) - window_size // 2
+    window = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    return (window / window.sum()).to(device, dtype)
 
 
 @torch.compiler.disable
@@ -90,16 +86,7 @@ def ssim_per_image(
         ValueError: an even window, shapes that differ, no floating point, no pixels,
             `data_range` <= 0, or a gradient asked for `x_true` or `weight`, which are data.
     """
-    _check(x_pred, x_true, weight, data_range)
-    taps = _gaussian_taps(window_size)
-    fitting = (min(x_pred.shape[-2:]) - 1) // 2 * 2 + 1
-    if fitting < window_size:
-        taps = _gaussian_taps(fitting)
-    need_grad = x_pred.requires_grad and torch.is_grad_enabled()
-    return _SSIM.apply(x_pred, x_true, weight, taps, data_range, compiled, need_grad)
-
-
-def _check(x: Tensor, y: Tensor, weight: Tensor | None, data_range: float) -> None:
+    x, y = x_pred, x_true
     if x.dim() != 4 or x.shape != y.shape:
         raise ValueError(
             f"SSIM needs two (B, C, H, W) batches, got {tuple(x.shape)}, {tuple(y.shape)}"
@@ -113,6 +100,12 @@ def _check(x: Tensor, y: Tensor, weight: Tensor | None, data_range: float) -> No
     expected = (x.shape[0], 1, *x.shape[2:])
     if weight is not None and weight.shape != expected:
         raise ValueError(f"SSIM weight must have shape {expected}, got {tuple(weight.shape)}")
+    window = gaussian_window(window_size, dtype=torch.float64, device="cpu")
+    fitting = (min(x.shape[-2:]) - 1) // 2 * 2 + 1
+    if fitting < window_size:
+        window = gaussian_window(fitting, dtype=torch.float64, device="cpu")
+    need_grad = x.requires_grad and torch.is_grad_enabled()
+    return _SSIM.apply(x, y, weight, window.tolist(), data_range, compiled, need_grad)
 
 
 class _SSIM(torch.autograd.Function):
@@ -120,188 +113,118 @@ class _SSIM(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, weight, taps, data_range, compiled, need_grad):
-        with torch.autocast(x.device.type, enabled=False):
-            loss, gradient = _sums(x, y, weight, taps, data_range, compiled, need_grad)
-            count = _window_weights(x, weight, len(taps) - 1, loss.dtype)
+        B, C, H, W = x.shape
+        halo = len(taps) - 1
+        dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
+        # torch.compile fuses the taps into one loop; without it, on a CPU, matrix products are
+        # faster.
+        banded = x.device.type == "cpu" and not compiled
+        strip = functools.partial(
+            _compiled_strip() if compiled else _strip,
+            blur=(_Bands if banded else _Taps)(taps, dtype),
+            c1=(K1 * data_range) ** 2,
+            c2=(K2 * data_range) ** 2,
+            need_grad=need_grad,
+        )
+        loss = torch.zeros(B * C, dtype=dtype, device=x.device)
+        gradient = loss.new_zeros(B * C, H, W) if need_grad else None
+        count = loss.new_full((B,), C * (H - halo) * (W - halo))
+        if weight is not None:
+            half = halo // 2
+            weight = weight[:, :, half : H - half, half : W - half].expand(-1, C, -1, -1)
+            count = weight.sum((1, 2, 3), dtype=dtype)
+            weight = weight.flatten(0, 1)
+
+        planes, rows = _strip_size(x, halo, STRIP_ROWS if banded else H)
+        x, y = x.flatten(0, 1), y.flatten(0, 1)
+        with torch.autocast(x.device.type, enabled=False), _ieee_matmul():
+            for plane in range(0, B * C, planes):
+                part = slice(plane, plane + planes)
+                for first in range(0, H - halo, rows):
+                    windows = part, slice(first, min(first + rows, H - halo))
+                    pixels = part, slice(first, first + rows + halo)
+                    strip_loss, strip_gradient = strip(
+                        x[pixels], y[pixels], None if weight is None else weight[windows]
+                    )
+                    loss[part].add_(strip_loss)
+                    if need_grad:
+                        gradient[pixels].add_(strip_gradient)
         # An image without any weight has a sum of 0: loss 0 and gradient 0, not 0 / 0.
         scale = torch.where(count > 0, 1 / count, 0.0)
         if need_grad:
-            ctx.save_for_backward(gradient, -4 * scale)
-        return 1 - 2 * scale * loss
+            ctx.save_for_backward(gradient.view(B, C, H, W), -4 * scale)
+        return 1 - 2 * scale * loss.view(B, C).sum(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_ssim):
         gradient, scale = ctx.saved_tensors
-        factor = (grad_ssim * scale)[:, None, None, None]
-        # Rounded once at the end: a factor of 1e-6 would not survive float16.
-        return (gradient * factor).to(gradient.dtype), None, None, None, None, None, None
-
-
-def _window_weights(x: Tensor, weight: Tensor | None, halo: int, dtype: torch.dtype) -> Tensor:
-    """(B,) sum of the weights of all windows and channels."""
-    B, C, H, W = x.shape
-    if weight is None:
-        return torch.full((B,), C * (H - halo) * (W - halo), dtype=dtype, device=x.device)
-    return C * _at_centres(weight, halo).sum((1, 2, 3), dtype=dtype)
-
-
-def _at_centres(weight: Tensor, halo: int) -> Tensor:
-    H, W = weight.shape[2:]
-    return weight[:, :, halo // 2 : H - halo // 2, halo // 2 : W - halo // 2]
-
-
-def _sums(
-    x: Tensor,
-    y: Tensor,
-    weight: Tensor | None,
-    taps: tuple[float, ...],
-    data_range: float,
-    compiled: bool,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """(B,) weighted sum of (1 - SSIM) / 2 over windows and channels, and its gradient / 2 in the
-    shape and dtype of `x`."""
-    double = torch.float64 in (x.dtype, y.dtype)
-    dtype = torch.float64 if double else torch.float32
-    halo = len(taps) - 1
-    # torch.compile fuses the taps into one loop; without it, on a CPU, matrix products are faster.
-    banded = x.device.type == "cpu" and not compiled
-    images, rows = _strip_size(x, halo, STRIP_ROWS if banded else x.shape[2])
-    strip = functools.partial(
-        _compiled_strip() if compiled else _strip,
-        blur=_Bands(taps, dtype, x.shape[3]) if banded else _Taps(taps, dtype),
-        c1=(K1 * data_range) ** 2,
-        c2=(K2 * data_range) ** 2,
-        need_grad=need_grad,
-    )
-    loss = torch.zeros(x.shape[0], dtype=dtype, device=x.device)
-    gradient = torch.empty_like(x) if need_grad else None
-    weight = None if weight is None else _at_centres(weight, halo)
-    with _ieee_matmul() if banded else nullcontext():
-        for first in range(0, x.shape[0], images):
-            part = slice(first, first + images)
-            loss[part] = _sweep(
-                x[part],
-                y[part],
-                None if weight is None else weight[part],
-                None if gradient is None else gradient[part],
-                halo,
-                rows,
-                strip,
-            )
-    return loss, gradient
+        # Autograd rounds it to the image's dtype, once: a factor of 1e-6 would not survive float16.
+        gradient = gradient * (grad_ssim * scale)[:, None, None, None]
+        return gradient, None, None, None, None, None, None
 
 
 def _strip_size(x: Tensor, halo: int, most_rows: int) -> tuple[int, int]:
-    """Images, and rows of windows, that make a strip."""
-    B, C, H, W = x.shape
+    """Planes, and rows of windows, that make a strip."""
+    H, W = x.shape[-2:]
     if x.device.type == "cpu":
-        # Never two images: a banded product multiplies neighbours by zero, NaN * 0 is NaN, and an
-        # image that is not finite would spoil the value of the next.
-        pixels, images = STRIP_PIXELS, 1
+        pixels, planes = STRIP_PIXELS, 1
     else:
-        pixels, images = STRIP_PIXELS_ACCELERATOR, STRIP_PIXELS_ACCELERATOR // (C * H * W)
-        images = max(1, min(B, images))
-    windows = H - halo
+        pixels, planes = STRIP_PIXELS_ACCELERATOR, max(1, STRIP_PIXELS_ACCELERATOR // (H * W))
     # At least as many rows of windows as the halo adds: with fewer, halos are most of the work.
-    most = min(max(pixels // (images * C * W) - halo, halo, 1), max(most_rows, halo))
+    most = max(min(pixels // (planes * W) - halo, most_rows), halo, 1)
     # All strips of about one height: a short last one costs nearly as much as a full one.
-    return images, math.ceil(windows / math.ceil(windows / most))
-
-
-def _sweep(
-    x: Tensor,
-    y: Tensor,
-    weight: Tensor | None,
-    gradient: Tensor | None,
-    halo: int,
-    rows: int,
-    strip: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]],
-) -> Tensor:
-    """(B,) loss sums of some images, strip by strip; writes their gradient into `gradient`.
-
-    A strip of windows reaches `halo` rows into the next one: those rows of its gradient are
-    carried over and added, so no window is computed twice.
-    """
-    windows = x.shape[2] - halo
-    losses, carry = [], torch.zeros((), device=x.device)
-    for first in range(0, windows, rows):
-        last = min(first + rows, windows)
-        strip_loss, strip_gradient = strip(
-            _rows_first(x[:, :, first : last + halo]),
-            _rows_first(y[:, :, first : last + halo]),
-            None if weight is None else _rows_first(weight[:, :, first:last]),
-        )
-        losses.append(strip_loss)
-        if gradient is not None and strip_gradient is not None:
-            strip_gradient[:halo] += carry
-            carry = strip_gradient[last - first :].clone()
-            _rows_first(gradient)[first:last] = strip_gradient[: last - first]
-    if gradient is not None:
-        _rows_first(gradient)[windows:] = carry
-    return torch.stack(losses).sum(0)
-
-
-def _rows_first(image: Tensor) -> Tensor:
-    """(B, C, rows, W) -> (rows, B, C, W), a view."""
-    return image.permute(2, 0, 1, 3)
+    return planes, math.ceil((H - halo) / math.ceil((H - halo) / most))
 
 
 def _strip(
     x: Tensor,
     y: Tensor,
     weight: Tensor | None,
-    blur: "_Bands | _Taps",
+    blur: "_Taps",
     c1: float,
     c2: float,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss sum (B,) and gradient (rows + h, B, C, W) of the windows of one strip.
+    """(N,) sum of (1 - SSIM) / 2 over the windows of a strip, and its gradient / 2.
 
-    x, y: (rows + h, B, C, W); weight: (rows, B, 1, W - h). Unscaled, see `_sums`.
+    x, y and the gradient: (N, rows + h, W); weight: (N, rows, W - h).
     """
-    W = x.shape[-1]
-    x, y = blur.lay_out(x), blur.lay_out(y)
-    (d, d_centre), (s, s_centre) = _centred(x - y, W), _centred(x + y, W)
-    del x, y
-    d_mean, s_mean = blur(d), blur(s)
+    x, y = x.to(blur.dtype), y.to(blur.dtype)
+    d, s = x - y, x + y
+    # Less each plane's mean: E[s^2] - E[s]^2 cancels otherwise, and a variance does not depend
+    # on it.
+    d_centre, s_centre = d.mean((1, 2), keepdim=True), s.mean((1, 2), keepdim=True)
+    d_mean, s_mean = blur(d.sub_(d_centre)), blur(s.sub_(s_centre))
     d_variance = blur(d * d).addcmul_(d_mean, d_mean, value=-1)
     s_variance = blur(s * s).addcmul_(s_mean, s_mean, value=-1)
     # Every blurred map may be overwritten from here on: a strip should stay in the cache.
-    d_true = d_mean + d_centre
+    d_true, s_true = d_mean + d_centre, s_mean + s_centre
     d_square = d_true * d_true
-    luminance = (s_mean + s_centre).square_().add_(d_square).add_(2 * c1)
+    luminance = torch.addcmul(d_square, s_true, s_true).add_(2 * c1)
     contrast = s_variance.add_(d_variance).add_(2 * c2)
     q, p = d_square.div_(luminance), d_variance.div_(contrast)
-    loss = torch.add(p, q).addcmul_(p, q, value=-2)
+    by_q = torch.rsub(p, 1, alpha=2)
+    loss = torch.addcmul(p, by_q, q)
     if weight is not None:
-        weight = blur.lay_out(weight)
+        weight = weight.to(blur.dtype)
         loss = loss * weight
-    loss = loss[..., : W - blur.halo].sum((0, 2, 3))
+    loss = loss.sum((1, 2))
     if not need_grad:
         return loss, None
 
     # Half the derivative by x of q + p - 2 q p: through the means, E[d^2] and E[s^2].
-    by_q = torch.rsub(p, 1, alpha=2).div_(luminance)
+    by_q = by_q.div_(luminance)
     by_p = torch.rsub(q, 1, alpha=2).div_(contrast)
     if weight is not None:
         by_q, by_p = by_q * weight, by_p * weight
     by_s_square = p.mul_(by_p)
-    both_mean = s_mean.add_(d_mean)
-    by_mean = d_true.addcmul_(both_mean + (s_centre + d_centre), q, value=-1).mul_(by_q)
-    by_mean.addcmul_(d_mean, by_p, value=-1).addcmul_(both_mean, by_s_square)
+    by_mean = d_true.addcmul_(s_true.add_(d_true), q, value=-1).mul_(by_q)
+    by_mean.addcmul_(d_mean, by_p, value=-1).addcmul_(s_mean.add_(d_mean), by_s_square)
     gradient = blur.adjoint(by_mean)
     gradient.addcmul_(blur.adjoint(by_p), d)
     gradient.addcmul_(blur.adjoint(by_s_square), s.add_(d), value=-1)
-    return loss, gradient[..., :W]
-
-
-def _centred(image: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """`image` less each plane's mean, and those means: E[s^2] - E[s]^2 cancels otherwise, and a
-    variance does not depend on it."""
-    centre = image[..., :width].mean((0, 3), keepdim=True)
-    return image.sub_(centre), centre
+    return loss, gradient
 
 
 @functools.cache
@@ -326,94 +249,59 @@ def _ieee_matmul() -> Iterator[None]:
 
 
 class _Taps:
-    """Separable "valid" blur along the first and the last dimension, tap by tap."""
+    """Separable "valid" blur of (N, rows + h, columns + h), tap by tap."""
 
-    def __init__(self, taps: tuple[float, ...], dtype: torch.dtype):
+    def __init__(self, taps: list[float], dtype: torch.dtype):
         self.taps = taps
         self.halo = len(taps) - 1
         self.dtype = dtype
 
-    def lay_out(self, image: Tensor) -> Tensor:
-        return image.to(self.dtype)
-
     def __call__(self, maps: Tensor) -> Tensor:
-        rows, columns = maps.shape[0] - self.halo, maps.shape[-1] - self.halo
-        across = maps[:rows] * self.taps[0]
-        for k, tap in enumerate(self.taps[1:], 1):
-            across = across.add_(maps[k : k + rows], alpha=tap)
-        blurred = across[..., :columns] * self.taps[0]
-        for k, tap in enumerate(self.taps[1:], 1):
-            blurred = blurred.add_(across[..., k : k + columns], alpha=tap)
-        return blurred
+        for dim in (1, 2):
+            size = maps.shape[dim] - self.halo
+            blurred = maps.narrow(dim, 0, size) * self.taps[0]
+            for k, tap in enumerate(self.taps[1:], 1):
+                blurred = blurred.add_(maps.narrow(dim, k, size), alpha=tap)
+            maps = blurred
+        return maps
 
     def adjoint(self, maps: Tensor) -> Tensor:
-        ends = (self.halo, self.halo)
-        return self(F.pad(maps, ends + (0, 0) * (maps.dim() - 2) + ends))
+        """The window is symmetric: the adjoint is the blur of a map in a frame of zeros."""
+        return self(F.pad(maps, [self.halo] * 4))
 
 
-class _Bands:
-    """The same blur as matrix products with a banded Toeplitz matrix, block by block, for a CPU.
+class _Bands(_Taps):
+    """The same blur of one plane as matrix products with a banded Toeplitz matrix, for a CPU.
 
-    A row is padded to whole blocks of columns, so that a tensor is a matrix of blocks without a
-    copy. What a blurred row holds beyond the `valid` columns is nonsense: those windows ran on
-    into the next row.
+    A product multiplies neighbours by zero, and NaN * 0 is NaN: planes are kept apart, or an image
+    that is not finite would spoil the value of the next.
     """
 
-    def __init__(self, taps: tuple[float, ...], dtype: torch.dtype, width: int):
-        self.halo = len(taps) - 1
-        self.dtype = dtype
-        self.valid = width - self.halo
-        self.block = max(BLOCK, self.halo)
-        self.padded = math.ceil(width / self.block) * self.block
-        self.band = _band(taps, self.block, dtype)
-        # What a block of outputs takes from its own block of inputs, and from the next one.
-        self.own, self.next = self.band[:, : self.block], self.band[:, self.block :]
-
-    def lay_out(self, image: Tensor) -> Tensor:
-        width = image.shape[-1]
-        laid_out = image.new_empty(*image.shape[:-1], self.padded, dtype=self.dtype)
-        laid_out[..., :width] = image
-        laid_out[..., width:] = 0
-        return laid_out
+    def __init__(self, taps: list[float], dtype: torch.dtype):
+        super().__init__(taps, dtype)
+        # (BLOCK, BLOCK + h): row j holds the taps in columns j to j + h.
+        self.band = torch.zeros(BLOCK, BLOCK + self.halo, dtype=dtype)
+        for k, tap in enumerate(taps):
+            self.band.diagonal(k).fill_(tap)
 
     def __call__(self, maps: Tensor) -> Tensor:
-        blocks = self.down(maps.view(len(maps), -1)).view(-1, self.block)
-        blurred = blocks @ self.own.T
-        blurred[:-1].addmm_(blocks[1:, : self.halo], self.next.T)
-        return blurred.view(-1, *maps.shape[1:])
+        (plane,) = maps
+        down = self.down(plane)
+        return self.down(down.T).T[None]
 
     def adjoint(self, maps: Tensor) -> Tensor:
-        """Overwrites the nonsense in `maps` with zeros."""
-        maps[..., self.valid :] = 0
-        rows, blocks = len(maps), maps.view(-1, self.block)
-        # The window is symmetric: down the rows the adjoint is the blur of a map between zeros.
-        framed = maps.new_empty(rows + 2 * self.halo, maps[0].numel())
-        framed[: self.halo] = 0
-        framed[rows + self.halo :] = 0
-        spread = framed[self.halo : rows + self.halo].view(-1, self.block)
-        torch.mm(blocks, self.own, out=spread)
-        spread[1:, : self.halo].addmm_(blocks[:-1], self.next)
-        return self.down(framed).view(-1, *maps.shape[1:])
+        return super().adjoint(maps.mT).mT
 
     def down(self, maps: Tensor) -> Tensor:
         """Blur (rows + h, columns) along the rows: (rows, columns)."""
         rows, columns = len(maps) - self.halo, maps.shape[1]
         blurred = maps.new_empty(rows, columns)
-        whole, rest = divmod(rows, self.block)
+        whole, rest = divmod(rows, BLOCK)
         if whole:
-            spans = maps.unfold(0, self.block + self.halo, self.block).transpose(1, 2)
-            out = blurred[: rows - rest].view(whole, self.block, columns)
+            spans = maps.unfold(0, BLOCK + self.halo, BLOCK).transpose(1, 2)
+            out = blurred[: rows - rest].view(whole, BLOCK, columns)
             torch.bmm(self.band.expand(whole, -1, -1), spans, out=out)
         if rest:
             band = self.band[:rest, : rest + self.halo]
             torch.mm(band, maps[rows - rest :], out=blurred[rows - rest :])
         return blurred
-
-
-def _band(taps: tuple[float, ...], outputs: int, dtype: torch.dtype) -> Tensor:
-    """(outputs, outputs + h): row j holds the taps in columns j to j + h, zeros elsewhere."""
-    inputs = outputs + len(taps) - 1
-    band = torch.zeros(outputs, inputs + 1, dtype=dtype)
-    band[:, : len(taps)] = torch.tensor(taps, dtype=dtype)
-    # Rows one element shorter, read from the same memory: each starts one column further right.
-    return band.view(-1)[: outputs * inputs].view(outputs, inputs)
