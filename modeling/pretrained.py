@@ -9,23 +9,25 @@ What a folder without our files leaves unsaid is read off the shapes of its tens
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen2Config, SiglipVisionConfig
 
 from .autoencoder import AutoencoderConfig
 from .bagel.bagel import Bagel
 from .bagel.config import BagelConfig
-from .bagel.modeling_utils import PositionEmbedding, sin_cos_table
+from .bagel.modeling_utils import sin_cos_table
 
 Weights = Literal["ema", "model"]
 Shape = tuple[int, ...]
@@ -35,9 +37,28 @@ VAE_FILE = "ae.safetensors"
 MANIFEST = "manifest.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 """The resize rules that a model was trained with."""
-POSITION_TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
-"""The only tensors a file may lack: they are fixed and recomputed."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    PREPROCESSOR_FILE,
+)
+POSITION_TABLES = {
+    "latent_pos_embed.pos_embed": "max_latent_size",
+    "vit_pos_embed.pos_embed": "vit_max_num_patch_per_side",
+}
+"""Table -> its side; the only tensors a file may lack, because they are fixed and recomputed."""
+EMBEDDINGS = "language_model.model.embed_tokens.weight"
+HEAD = "language_model.lm_head.weight"
 SHARD_BYTES = 5 * 10**9
+LLM_FIELDS = ("qk_norm", "layer_module")
+"""Ours in `llm_config.json`; released folders lack them."""
+OWN_FIELDS = {f.name for f in dataclasses.fields(BagelConfig)} - {"llm", "vit", "vae"}
+"""What `bagel_config.json` may hold."""
 
 FLAGS = (
     (r"latent_pos_embed", "--max_latent_size"),
@@ -81,13 +102,9 @@ class LoadReport:
 def weight_files(folder: Path, weights: Weights) -> list[Path]:
     """The file(s) of `weights`. Raises CheckpointError that lists what is there instead."""
     index = folder / f"{weights}.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [folder / name for name in names]
-    else:
-        files = [folder / f"{weights}.safetensors"]
-    missing = [f.name for f in files if not f.exists()]
-    if missing:
+    names = _json(index)["weight_map"].values() if index.exists() else [f"{weights}.safetensors"]
+    files = sorted({folder / name for name in names})
+    if missing := [f.name for f in files if not f.exists()]:
         there = sorted(f.name for f in folder.glob("*")) if folder.is_dir() else "no such folder"
         raise CheckpointError(
             f"{folder}: {', '.join(missing)} not found; there is {there}. "
@@ -97,16 +114,6 @@ def weight_files(folder: Path, weights: Weights) -> list[Path]:
     return files
 
 
-def tensor_shapes(files: Iterable[Path]) -> dict[str, Shape]:
-    """Shapes from the headers alone."""
-    shapes: dict[str, Shape] = {}
-    for file in files:
-        with _open(file) as archive:
-            for name in archive.keys():  # noqa: SIM118 (an archive is no mapping)
-                shapes[name] = tuple(archive.get_slice(name).get_shape())
-    return shapes
-
-
 def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
@@ -114,11 +121,41 @@ def _open(file: Path) -> Any:
         raise CheckpointError(f"{file}: unreadable: {error}") from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def tensor_shapes(files: Iterable[Path], prefix: str = "") -> dict[str, Shape]:
+    """Shapes from the headers alone; `prefix` is put before every name."""
+    shapes: dict[str, Shape] = {}
+    for file in files:
+        with _open(file) as archive:
+            for name in archive.keys():  # noqa: SIM118 (an archive is no mapping)
+                shapes[prefix + name] = tuple(archive.get_slice(name).get_shape())
+    return shapes
+
+
+def read_tensors(
+    files: Iterable[Path],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    prefix: str = "",
+) -> dict[str, Tensor]:
+    """Tensors of all files, `prefix` before every name; without `dtype` in that of the file."""
+    tensors = {}
+    for file in files:
+        with _open(file) as archive:
+            for name in archive.keys():  # noqa: SIM118
+                tensor = archive.get_tensor(name)
+                tensors[prefix + name] = tensor.to(device, dtype or tensor.dtype)
+    return tensors
+
+
+def _json(path: Path, known: Iterable[str] = ()) -> dict[str, Any]:
+    """The content, empty without the file. With `known` every other key raises."""
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
+        content = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise CheckpointError(f"{path}: no JSON: {error}") from error
+    if unknown := sorted(set(content) - set(known or content)):
+        raise CheckpointError(f"{path}: unknown keys {unknown}")
+    return content
 
 
 def read_config(
@@ -129,87 +166,65 @@ def read_config(
     `overrides` (fields of BagelConfig, `qk_norm`, `layer_module`) win over both; a contradiction
     shows as a misfitting tensor when loading.
     """
-    overrides = dict(overrides or {})
-    llm = _json(folder / "llm_config.json")
+    llm, vit = _json(folder / "llm_config.json"), _json(folder / "vit_config.json")
     if not llm:
         raise CheckpointError(f"{folder}: llm_config.json not found")
     vae = _vae_config(folder, shapes)
-    fields = {f.name for f in dataclasses.fields(BagelConfig)} - {"llm", "vit", "vae"}
-    saved = _json(folder / "bagel_config.json")
-    unknown = sorted(set(saved) - fields)
-    if unknown:
-        raise CheckpointError(f"{folder}/bagel_config.json: unknown keys {unknown}")
-    inferred = _inferred(shapes, vae)
-    llm_extra = {
-        "qk_norm": any(".q_norm." in name for name in shapes),
-        "layer_module": _layer_module(shapes),
-    }
-    has_weights = any(name.startswith("language_model.") for name in shapes)
-    for key, value in llm_extra.items():
-        if not has_weights and key not in llm and key not in overrides:
-            raise CheckpointError(
-                f"{folder}/llm_config.json lacks {key} and there are no weights that tell it: "
-                "set --layer_module and --llm_qk_norm"
-            )
-        llm.setdefault(key, value)
-        llm[key] = overrides.pop(key, llm[key])
-    vit = _json(folder / "vit_config.json")
-    return BagelConfig(
-        llm=Qwen2Config(**llm),
-        vit=SiglipVisionConfig(**vit) if vit else None,
-        vae=vae,
-        **(inferred | saved | overrides),
-    )
-
-
-def _layer_module(shapes: Mapping[str, Shape]) -> str:
-    if any("q_proj_moe_gen" in name for name in shapes):
-        return "Qwen2MoTDecoderLayer"
-    return (
-        "Qwen2MoEDecoderLayer" if any("moe_gen" in name for name in shapes) else "Qwen2DecoderLayer"
-    )
+    saved = _json(folder / "bagel_config.json", OWN_FIELDS)
+    stated = {key: llm[key] for key in LLM_FIELDS if key in llm}
+    settings = _inferred(shapes, vae) | stated | saved | dict(overrides or {})
+    if absent := [key for key in LLM_FIELDS if key not in settings]:
+        raise CheckpointError(
+            f"{folder}/llm_config.json lacks {', '.join(absent)} and there are no weights that "
+            "tell it: set --layer_module and --llm_qk_norm"
+        )
+    llm |= {key: settings.pop(key) for key in LLM_FIELDS}
+    vit_config = SiglipVisionConfig(**vit) if vit else None
+    return BagelConfig(llm=Qwen2Config(**llm), vit=vit_config, vae=vae, **settings)
 
 
 def _inferred(shapes: Mapping[str, Shape], vae: AutoencoderConfig | None) -> dict[str, Any]:
+    """What names and shapes of tensors tell of the configuration."""
+
+    def has(part: str) -> bool:
+        return any(part in name for name in shapes)
+
     inferred: dict[str, Any] = {}
-    tables = dict(
-        zip(POSITION_TABLES, ("max_latent_size", "vit_max_num_patch_per_side"), strict=True)
-    )
-    for name, key in tables.items():
-        if name in shapes:
-            inferred[key] = round(shapes[name][0] ** 0.5)
-    if any(name.startswith("vit_model.") for name in shapes):
-        inferred["vit_rope"] = not any("position_embedding" in name for name in shapes)
+    if has("language_model."):
+        inferred["qk_norm"] = has(".q_norm.")
+        inferred["layer_module"] = "Qwen2MoEDecoderLayer" if has("moe_gen") else "Qwen2DecoderLayer"
+        if has("q_proj_moe_gen"):
+            inferred["layer_module"] = "Qwen2MoTDecoderLayer"
+    if has("vit_model."):
+        inferred["vit_rope"] = not has("position_embedding")
+    for table, side in POSITION_TABLES.items():
+        if table in shapes:
+            inferred[side] = math.isqrt(shapes[table][0])
     if vae is not None and "vae2llm.weight" in shapes:
-        inferred["latent_patch_size"] = round((shapes["vae2llm.weight"][1] / vae.z_channels) ** 0.5)
+        inferred["latent_patch_size"] = math.isqrt(shapes["vae2llm.weight"][1] // vae.z_channels)
     return inferred
 
 
 def _vae_config(folder: Path, shapes: Mapping[str, Shape]) -> AutoencoderConfig | None:
-    saved = _json(folder / "vae_config.json")
-    known = {f.name for f in dataclasses.fields(AutoencoderConfig)}
+    fields = {f.name for f in dataclasses.fields(AutoencoderConfig)}
+    saved = _json(folder / "vae_config.json", fields | {"downsample", "resolution"})
     if saved:
-        unknown = sorted(set(saved) - known - {"downsample", "resolution"})
-        if unknown:
-            raise CheckpointError(f"{folder}/vae_config.json: unknown keys {unknown}")
-        return AutoencoderConfig(**{k: v for k, v in saved.items() if k in known})
-    if f"{VAE_PREFIX}encoder.conv_in.weight" not in shapes:
-        return None
+        return AutoencoderConfig(**{k: v for k, v in saved.items() if k in fields})
     vae = {k.removeprefix(VAE_PREFIX): v for k, v in shapes.items() if k.startswith(VAE_PREFIX)}
-    ch = vae["encoder.conv_in.weight"][0]
-    widths = [
-        vae[f"encoder.down.{i}.block.0.conv1.weight"][0]
-        for i in range(
-            sum(bool(re.fullmatch(r"encoder\.down\.\d+\.block\.0\.conv1\.weight", k)) for k in vae)
-        )
-    ]
-    blocks = sum(bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", k)) for k in vae)
+    if not vae:
+        return None
+
+    def count(pattern: str) -> int:
+        return sum(bool(re.fullmatch(pattern, name)) for name in vae)
+
+    ch, in_channels = vae["encoder.conv_in.weight"][:2]
+    levels = range(count(r"encoder\.down\.\d+\.block\.0\.conv1\.weight"))
     return AutoencoderConfig(
-        in_channels=vae["encoder.conv_in.weight"][1],
+        in_channels=in_channels,
         out_ch=vae["decoder.conv_out.weight"][0],
         ch=ch,
-        ch_mult=tuple(width // ch for width in widths),
-        num_res_blocks=blocks,
+        ch_mult=tuple(vae[f"encoder.down.{i}.block.0.conv1.weight"][0] // ch for i in levels),
+        num_res_blocks=count(r"encoder\.down\.0\.block\.\d+\.conv1\.weight"),
         z_channels=vae["decoder.conv_in.weight"][1],
     )
 
@@ -233,39 +248,39 @@ def load_pretrained(
     """
     folder = Path(folder)
     files = weight_files(folder, weights)
-    vae_file = folder / VAE_FILE
-    shapes = tensor_shapes(files)
-    if autoencoder and (folder / "vae_config.json").exists() and not vae_file.exists():
+    vae_files = [folder / VAE_FILE] if autoencoder and (folder / VAE_FILE).exists() else []
+    if autoencoder and (folder / "vae_config.json").exists() and not vae_files:
         raise CheckpointError(
             f"{folder}: {VAE_FILE} not found, but vae_config.json is there (check --model_path)"
         )
-    vae_files = [vae_file] if autoencoder and vae_file.exists() else []
-    if vae_files:
-        shapes |= {VAE_PREFIX + k: v for k, v in tensor_shapes([vae_file]).items()}
+    shapes = tensor_shapes(files) | tensor_shapes(vae_files, VAE_PREFIX)
     if verify and (folder / MANIFEST).exists():
-        configs = sorted(folder.glob("*_config.json"))
-        verify_manifest(folder, [f.name for f in [*files, *vae_files, *configs]])
+        read = [*files, *vae_files, *sorted(folder.glob("*_config.json"))]
+        verify_manifest(folder, [f.name for f in read])
     config = read_config(folder, shapes, overrides)
     with torch.device("meta"):
         model = Bagel(config, autoencoder=autoencoder)
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    recomputed = _check_names(folder, expected, shapes, config)
-    sources = [(f, "") for f in files] + [(f, VAE_PREFIX) for f in vae_files]
-    tensors = _read_tensors(sources, dtype, device)
-    _fill_gaps(model, tensors, recomputed, device)
+    recomputed = tuple(n for n in POSITION_TABLES if n in expected and n not in shapes)
+    tied = (HEAD,) if config.llm.tie_word_embeddings else ()
+    _require_fit(folder, expected, {n: expected[n] for n in (*recomputed, *tied)} | shapes)
+    tensors = read_tensors(files, device, dtype)
+    tensors |= read_tensors(vae_files, device, prefix=VAE_PREFIX)
+    for name in recomputed:
+        rows, channels = expected[name]
+        tensors[name] = sin_cos_table(math.isqrt(rows), channels).to(tensors[EMBEDDINGS])
+    if tied:
+        # The same parameter under both names stays one when it is assigned.
+        tensors[EMBEDDINGS] = tensors[HEAD] = nn.Parameter(tensors[EMBEDDINGS])
     model.load_state_dict(tensors, strict=True, assign=True)
-    if config.llm.tie_word_embeddings:
-        model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
-    if hasattr(model, "vae"):
-        model.vae.requires_grad_(False)
     report = LoadReport(
         folder=str(folder),
-        files=tuple(f.name for f, _ in sources),
+        files=tuple(f.name for f in [*files, *vae_files]),
         weights=weights,
         tensors=len(expected) - len(recomputed),
         parameters=sum(p.numel() for p in model.parameters()),
         share=1 - len(recomputed) / len(expected),
-        recomputed=tuple(recomputed),
+        recomputed=recomputed,
     )
     return model, report
 
@@ -275,69 +290,33 @@ def load_architecture(folder: str | Path, overrides: Mapping[str, Any] | None = 
 
     The sizes come from the folder's JSON files alone: there need not be any weights of the model.
     """
-    folder = Path(folder)
-    vae_shapes = {VAE_PREFIX + k: v for k, v in tensor_shapes([folder / VAE_FILE]).items()}
-    model = Bagel(read_config(folder, vae_shapes, overrides))
-    model.vae.load_state_dict(_read_tensors([(folder / VAE_FILE, "")], None, "cpu"))
+    files = [Path(folder) / VAE_FILE]
+    model = Bagel(read_config(Path(folder), tensor_shapes(files, VAE_PREFIX), overrides))
+    model.vae.load_state_dict(read_tensors(files))
     return model
 
 
-def _check_names(
-    folder: Path, expected: Mapping[str, Shape], found: Mapping[str, Shape], config: BagelConfig
-) -> list[str]:
-    """Raises for everything that does not fit; returns the tables to recompute."""
-    problems = []
-    absent = [name for name in expected if name not in found]
-    tied = {"language_model.lm_head.weight"} if config.llm.tie_word_embeddings else set()
-    allowed = {*POSITION_TABLES, *tied}
-    problems += [f"missing {n} {expected[n]}{_hint(n)}" for n in absent if n not in allowed]
-    problems += [f"unexpected {n} {s}{_hint(n)}" for n, s in found.items() if n not in expected]
-    problems += [
-        f"misshapen {n}: checkpoint {found[n]}, model {shape}{_hint(n)}"
-        for n, shape in expected.items()
-        if n in found and found[n] != shape
+def _require_fit(folder: Path, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
+    problems = {n: f"missing {n} {s}" for n, s in expected.items() if n not in found}
+    problems |= {n: f"unexpected {n} {s}" for n, s in found.items() if n not in expected}
+    problems |= {
+        n: f"misshapen {n}: checkpoint {found[n]}, model {s}"
+        for n, s in expected.items()
+        if found.get(n, s) != s
+    }
+    if not problems:
+        return
+    lines = [
+        f"{problem} [check {next(flag for part, flag in FLAGS if re.search(part, name))}]"
+        for name, problem in problems.items()
     ]
-    if problems:
-        shown = "\n  ".join(problems[:12])
-        more = f"\n  and {len(problems) - 12} more" if len(problems) > 12 else ""
-        fitting = sum(found.get(n) == s for n, s in expected.items())
-        raise CheckpointError(
-            f"{folder}: the checkpoint does not fit the model "
-            f"({fitting} of {len(expected)} tensors fit):\n  {shown}{more}"
-        )
-    return [name for name in absent if name in POSITION_TABLES]
-
-
-def _hint(name: str) -> str:
-    return next(f" [check {flag}]" for pattern, flag in FLAGS if re.search(pattern, name))
-
-
-def _read_tensors(
-    sources: list[tuple[Path, str]], dtype: torch.dtype | None, device: torch.device | str
-) -> dict[str, Tensor]:
-    tensors = {}
-    for file, prefix in sources:
-        with _open(file) as archive:
-            for name in archive.keys():  # noqa: SIM118
-                tensor = archive.get_tensor(name)
-                cast = dtype if not prefix else None
-                tensors[prefix + name] = tensor.to(device=device, dtype=cast or tensor.dtype)
-    return tensors
-
-
-def _fill_gaps(
-    model: Bagel, tensors: dict[str, Tensor], tables: list[str], device: torch.device | str
-) -> None:
-    dtype = tensors["language_model.model.embed_tokens.weight"].dtype
-    for name in tables:
-        module = model.get_submodule(name.rsplit(".", 1)[0])
-        assert isinstance(module, PositionEmbedding)
-        table = sin_cos_table(module.side, model.config.llm.hidden_size)
-        tensors[name] = table.to(device=device, dtype=dtype)
-    if model.config.llm.tie_word_embeddings:
-        tensors.setdefault(
-            "language_model.lm_head.weight", tensors["language_model.model.embed_tokens.weight"]
-        )
+    if len(lines) > 12:
+        lines[12:] = [f"and {len(lines) - 12} more"]
+    fitting = len(expected.keys() - problems)
+    raise CheckpointError(
+        f"{folder}: the checkpoint does not fit the model "
+        f"({fitting} of {len(expected)} tensors fit):\n  " + "\n  ".join(lines)
+    )
 
 
 def save_pretrained(
@@ -357,14 +336,20 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for weights, state in states.items():
-        for stale in ("", ".index.json"):
-            (folder / f"{weights}.safetensors{stale}").unlink(missing_ok=True)
-        for shard in folder.glob(f"{weights}-*-of-*.safetensors"):
-            shard.unlink()
-        own = {k: v for k, v in state.items() if not k.startswith(VAE_PREFIX)}
-        if model.config.llm.tie_word_embeddings:
-            own.pop("language_model.lm_head.weight", None)
-        _save_sharded(folder, weights, {k: v.to(dtype or v.dtype) for k, v in own.items()})
+        for stale in (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors"):
+            for path in folder.glob(weights + stale):
+                path.unlink()
+        left_out = (VAE_PREFIX, HEAD) if model.config.llm.tie_word_embeddings else VAE_PREFIX
+        own = {k: v.to(dtype or v.dtype) for k, v in state.items() if not k.startswith(left_out)}
+        split = split_torch_state_dict_into_shards(
+            own, filename_pattern=weights + "{suffix}.safetensors", max_shard_size=SHARD_BYTES
+        )
+        for file, names in split.filename_to_tensors.items():
+            save_safetensors({name: own[name] for name in names}, folder / file)
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            text = json.dumps(index, indent=2) + "\n"
+            (folder / f"{weights}.safetensors.index.json").write_text(text)
     if hasattr(model, "vae"):
         save_safetensors(model.vae.state_dict(), folder / VAE_FILE)
     write_config(model.config, folder)
@@ -375,18 +360,6 @@ def save_pretrained(
     write_manifest(folder)
 
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    PREPROCESSOR_FILE,
-)
-
-
 def save_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """One safetensors file with the metadata that `transformers` insists on."""
     save_file(
@@ -394,35 +367,12 @@ def save_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     )
 
 
-def _save_sharded(folder: Path, stem: str, tensors: dict[str, Tensor]) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        save_safetensors(tensors, folder / f"{stem}.safetensors")
-        return
-    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        save_safetensors(shard, folder / name)
-    weight_map = {k: n for n, shard in zip(names, shards, strict=True) for k in shard}
-    index = {
-        "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-        "weight_map": weight_map,
-    }
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
 def write_config(config: BagelConfig, folder: Path) -> None:
     """`llm_config.json`, `vit_config.json`, `vae_config.json` and `bagel_config.json`."""
     own = {
         f.name: getattr(config, f.name)
         for f in dataclasses.fields(config)
-        if f.name not in ("llm", "vit", "vae") and f.metadata.get("saved", True)
+        if f.name in OWN_FIELDS and f.metadata.get("saved", True)
     }
     files: dict[str, dict[str, Any]] = {"bagel": own, "llm": config.llm.to_dict()}
     if config.vit is not None:
@@ -447,20 +397,18 @@ def write_manifest(folder: Path) -> None:
     temporary.rename(folder / MANIFEST)
 
 
-def verify_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
+def verify_manifest(folder: Path, names: Collection[str] | None = None) -> None:
     """Raises CheckpointError for a file that is missing or whose hash differs.
 
     `names` limits the check to those files (all files of the manifest by default).
     """
     if not (folder / MANIFEST).exists():
         raise CheckpointError(f"{folder}: {MANIFEST} not found: the folder is incomplete")
-    manifest = _json(folder / MANIFEST)
-    for name in names if names is not None else manifest:
-        path, expected = folder / name, manifest.get(name)
-        if expected is None:
+    for name, expected in _json(folder / MANIFEST).items():
+        path = folder / name
+        if names is not None and name not in names:
             continue
         if not path.exists():
             raise CheckpointError(f"{path} is named in {MANIFEST} and missing")
-        found = sha256(path)
-        if found != expected:
+        if (found := sha256(path)) != expected:
             raise CheckpointError(f"{path} is damaged: sha256 {found}, {MANIFEST} says {expected}")

@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -15,11 +16,47 @@ from typing import Any, get_args
 
 import yaml
 
-ABSENT = "default"
+RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("max_checkpoints log_every save_every total_steps", lambda n: n >= 1, "must be at least 1"),
+    ("warmup_steps ssim_grad_scale", lambda x: x >= 0, "must not be negative"),
+    ("lr eps max_grad_norm", lambda x: 0 < x < math.inf, "must be positive and finite"),
+    (
+        "ce_weight mse_weight pixel_loss_weight ssim_loss_weight",
+        lambda x: 0 <= x < math.inf,
+        "must be a number from 0 on",
+    ),
+    (
+        "text_cond_dropout_prob vae_cond_dropout_prob vit_cond_dropout_prob",
+        lambda p: 0 <= p <= 1,
+        "is no probability",
+    ),
+    (
+        "full_noise_fraction pixel_space_t_fraction",
+        lambda share: 0 <= share <= 1,
+        "is no share in [0, 1]",
+    ),
+    ("pixel_loss_max_t ssim_loss_max_t", lambda t: 0 < t <= 1, "is not in (0, 1]"),
+    ("beta1 beta2", lambda x: 0 <= x < 1, "is not in [0, 1)"),
+    ("ema", lambda x: 0 <= x < 1, "is no decay in [0, 1)"),
+    ("timestep_shift", lambda x: x is None or x > 0, "must be positive"),
+    ("ssim_window_size", lambda n: n > 0 and n % 2 == 1, "must be odd"),
+    ("device", lambda name: name in ("auto", "cpu", "cuda"), "is none of auto, cpu, cuda"),
+    ("lr_scheduler", lambda x: x in ("constant", "cosine"), "is neither constant nor cosine"),
+)
+"""Names of arguments, what holds for their values, and what to say when it does not."""
+
+
+class _Ranges:
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value outside of its range."""
+        for names, holds, complaint in RANGES:
+            for name in names.split():
+                if name in vars(self) and not holds(getattr(self, name)):
+                    raise ValueError(f"{name}={getattr(self, name)} {complaint}")
 
 
 @dataclass(kw_only=True)
-class ModelArguments:
+class ModelArguments(_Ranges):
     model_path: str | None = None
     """Checkpoint folder in BAGEL's layout: configs, tokenizer, weights and autoencoder."""
     llm_qk_norm: bool | None = None
@@ -39,14 +76,9 @@ class ModelArguments:
     vae_cond_dropout_prob: float = 0.3
     vit_cond_dropout_prob: float = 0.3
 
-    def __post_init__(self) -> None:
-        for name in ("text", "vae", "vit"):
-            p = getattr(self, f"{name}_cond_dropout_prob")
-            _require(0 <= p <= 1, f"{name}_cond_dropout_prob={p} is no probability")
-
 
 @dataclass(kw_only=True)
-class DataArguments:
+class DataArguments(_Ranges):
     dataset_config_file: str | None = None
     """YAML data mixture."""
     data_root: str | None = None
@@ -61,13 +93,9 @@ class DataArguments:
     full_noise_fraction: float = 0.0
     """Share of the target images at t = 1, where few-step sampling starts."""
 
-    def __post_init__(self) -> None:
-        share = self.full_noise_fraction
-        _require(0 <= share <= 1, f"full_noise_fraction={share} is no share in [0, 1]")
-
 
 @dataclass(kw_only=True)
-class TrainingArguments:
+class TrainingArguments(_Ranges):
     visual_gen: bool = True
     """Train the velocity of VAE latents."""
     visual_und: bool = True
@@ -132,62 +160,29 @@ class TrainingArguments:
     """`auto` (a GPU if there is one), `cpu` or `cuda`."""
 
     def __post_init__(self) -> None:
-        for name in ("max_checkpoints", "log_every", "save_every", "total_steps"):
-            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("ce", "mse", "pixel_loss", "ssim_loss"):
-            weight = getattr(self, f"{name}_weight")
-            _require(0 <= weight < math.inf, f"{name}_weight={weight} must be a number from 0 on")
-        for name in ("lr", "eps", "max_grad_norm"):
-            value = getattr(self, name)
-            _require(0 < value < math.inf, f"{name}={value} must be positive and finite")
-        for name in ("warmup_steps", "ssim_grad_scale"):
-            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is not in [0, 1)")
-        if self.lr_scheduler == "cosine":
-            _require(self.min_lr <= self.lr, f"min_lr={self.min_lr} exceeds lr={self.lr}")
-        share = self.pixel_space_t_fraction
-        _require(0 <= share <= 1, f"pixel_space_t_fraction={share} is no share in [0, 1]")
-        shift = self.timestep_shift
-        _require(shift is None or shift > 0, f"timestep_shift={shift} must be positive")
-        devices = ("auto", "cpu", "cuda")
-        _require(self.device in devices, f"device={self.device!r} is none of {devices}")
-        _require(self.lr_scheduler in ("constant", "cosine"), f"lr_scheduler={self.lr_scheduler}")
-        _require(
-            self.pixel_loss_type in ("l1", "l2", "mse"),
-            f"pixel_loss_type={self.pixel_loss_type!r} is none of l1, l2, mse",
-        )
-        _require(
-            self.ssim_window_size % 2 == 1 and self.ssim_window_size > 0,
-            f"ssim_window_size={self.ssim_window_size} must be odd",
-        )
-        for name in ("pixel_loss_max_t", "ssim_loss_max_t"):
-            _require(0 < getattr(self, name) <= 1, f"{name}={getattr(self, name)} is not in (0, 1]")
+        super().__post_init__()
         pixel_space = self.pixel_loss_weight > 0 or self.ssim_loss_weight > 0
-        _require(
-            self.visual_gen or not pixel_space,
-            "pixel_loss_weight and ssim_loss_weight need the VAE decoder, "
-            "which visual_gen=False does not build",
-        )
-        _require(
-            pixel_space or self.pixel_space_t_fraction == 0,
-            "pixel_space_t_fraction needs pixel_loss_weight or ssim_loss_weight above 0",
-        )
-        _require(self.freeze_vae, "freeze_vae=False: the autoencoder is not trained here")
-        _require(0 <= self.ema < 1, f"ema={self.ema} is no decay in [0, 1)")
-        _require(
-            not (self.init_from_scratch and self.finetune_from_ema),
-            "init_from_scratch and finetune_from_ema contradict each other",
-        )
-        _require(
-            not (self.freeze_llm and self.freeze_und),
-            "freeze_llm already freezes what freeze_und would",
-        )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+        contradictions = {
+            f"pixel_loss_type={self.pixel_loss_type!r} is none of l1, l2, mse": (
+                self.pixel_loss_type not in ("l1", "l2", "mse")
+            ),
+            f"min_lr={self.min_lr} exceeds lr={self.lr}": (
+                self.lr_scheduler == "cosine" and self.min_lr > self.lr
+            ),
+            "pixel_loss_weight and ssim_loss_weight need the VAE decoder, which visual_gen=False "
+            "does not build": pixel_space and not self.visual_gen,
+            "pixel_space_t_fraction needs pixel_loss_weight or ssim_loss_weight above 0": (
+                self.pixel_space_t_fraction > 0 and not pixel_space
+            ),
+            "freeze_vae=False: the autoencoder is not trained here": not self.freeze_vae,
+            "init_from_scratch and finetune_from_ema contradict each other": (
+                self.init_from_scratch and self.finetune_from_ema
+            ),
+            "freeze_llm already freezes what freeze_und would": self.freeze_llm and self.freeze_und,
+        }
+        for message, holds in contradictions.items():
+            if holds:
+                raise ValueError(message)
 
 
 @dataclass
@@ -203,7 +198,7 @@ class RunArguments:
         values = self.flat()
         width = max(map(len, values))
         return "\n".join(
-            f"{name:{width}s}  {value!s:24s}  {self.sources.get(name, ABSENT)}"
+            f"{name:{width}s}  {value!s:24s}  {self.sources.get(name, 'default')}"
             for name, value in values.items()
         )
 
@@ -216,10 +211,7 @@ class RunArguments:
 
 
 GROUPS: tuple[Any, ...] = (ModelArguments, DataArguments, TrainingArguments)
-
-
-def _types() -> dict[str, Any]:
-    return {f.name: f.type for group in GROUPS for f in fields(group)}
+TYPES: dict[str, Any] = {f.name: f.type for group in GROUPS for f in fields(group)}
 
 
 def parse_arguments(argv: list[str]) -> RunArguments:
@@ -246,18 +238,17 @@ def parse_arguments(argv: list[str]) -> RunArguments:
 
 def _command_line(argv: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    i = 0
-    while i < len(argv):
-        if not argv[i].startswith("--"):
-            raise ValueError(f"command line: {argv[i]!r} belongs to no --argument")
-        name, equals, value = argv[i][2:].partition("=")
-        if not equals and i + 1 < len(argv) and not argv[i + 1].startswith("--"):
-            i += 1
-            value = argv[i]
-        elif not equals:
-            value = "True"
-        values[name] = value
-        i += 1
+    pending = None
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            values[name] = value if equals else "True"
+            pending = None if equals else name
+        elif pending is None:
+            raise ValueError(f"command line: {word!r} belongs to no --argument")
+        else:
+            values[pending] = word
+            pending = None
     return values
 
 
@@ -275,16 +266,15 @@ def _yaml_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, di
 
 
 def _convert(name: str, raw: Any, source: str) -> Any:
-    types = _types()
-    if name not in types:
-        near = difflib.get_close_matches(name, types, n=1)
+    if name not in TYPES:
+        near = difflib.get_close_matches(name, TYPES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{source}: unknown argument {name!r}{hint}")
-    kind = types[name]
+    kind = TYPES[name]
     if isinstance(kind, UnionType):
         if raw in (None, "None"):
             return None
-        kind = next(t for t in get_args(kind) if t is not type(None))
+        kind = get_args(kind)[0]
     try:
         if kind is bool:
             return {"true": True, "false": False}[str(raw).lower()]
