@@ -19,6 +19,8 @@ from .transforms import ResizeRule
 
 TASKS = {"restoration": "restoration", "MedicalImageEditingIterableDataset_ver1": "restoration"}
 """Task names of the top level, the users' class name included."""
+RULES = ("image_transform_args", "vit_image_transform_args")
+"""Keys of the resize rules: of the autoencoder's and of the ViT's images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,34 +57,32 @@ def load_mixture(path: str | Path, data_root: str | Path | None = None) -> Mixtu
     content = yaml.safe_load(path.read_text())
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: a mapping of tasks is expected")
+    _check_keys(str(path), content, set(), set(TASKS))
     root = str(data_root or path.parent.resolve())
-    return MixtureConfig(tuple(_group(path, name, group, root) for name, group in content.items()))
+    groups = (_group(f"{path}: {name}", name, group, root) for name, group in content.items())
+    return MixtureConfig(tuple(groups))
 
 
-def check_keys(where: str, found: Any, known: set[str], required: set[str]) -> None:
+def _check_keys(where: str, found: Any, required: set[str], optional: set[str]) -> None:
     """Raises ValueError for an unknown key (naming the nearest) or a missing one."""
     if not isinstance(found, dict):
         raise ValueError(f"{where}: a mapping is expected, not {found!r}")
+    known = required | optional
     for key in found:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {sorted(known)}"
-            raise ValueError(f"{where}: unknown key {key!r}{hint}")
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {sorted(known)}"
+            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
     if missing := required - set(found):
         raise ValueError(f"{where}: missing {sorted(missing)}")
 
 
-def _group(path: Path, name: str, group: Any, root: str) -> GroupConfig:
-    where = f"{path}: {name}"
-    if name not in TASKS:
-        check_keys(str(path), {name: group}, set(TASKS), set())
-    keys = {"weight", "image_transform_args", "vit_image_transform_args", "datasets"}
-    check_keys(where, group, keys, keys - {"weight"})
-    sizes = {"image_stride", "max_image_size", "min_image_size", "max_pixels"}
-    rules = {}
-    for key in ("image_transform_args", "vit_image_transform_args"):
-        check_keys(f"{where}.{key}", group[key], sizes, sizes - {"max_pixels"})
-        rules[key] = ResizeRule(**group[key])
+def _group(where: str, name: str, group: Any, root: str) -> GroupConfig:
+    _check_keys(where, group, {*RULES, "datasets"}, {"weight"})
+    sizes = {"image_stride", "max_image_size", "min_image_size"}
+    for key in RULES:
+        _check_keys(f"{where}.{key}", group[key], sizes, {"max_pixels"})
+    rules = {key: ResizeRule(**group[key]) for key in RULES}
     weight = float(group.get("weight", 1.0))
     if weight <= 0 or not group["datasets"]:
         raise ValueError(f"{where}: needs a positive weight and at least one data set")
@@ -91,8 +91,7 @@ def _group(path: Path, name: str, group: Any, root: str) -> GroupConfig:
 
 
 def _dataset(where: str, content: Any, root: str) -> DatasetConfig:
-    keys = {"name", "jsonl_path", "data_dir", "num_used_data"}
-    check_keys(where, content, keys, keys - {"num_used_data"})
+    _check_keys(where, content, {"name", "jsonl_path", "data_dir"}, {"num_used_data"})
     used = content.get("num_used_data", 0)
     if not isinstance(used, int) or used < 0:
         raise ValueError(f"{where}: num_used_data={used!r} is no number of records")

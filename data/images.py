@@ -23,13 +23,9 @@ def read_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ImageError(
-                    f"{path}: {image.width}x{image.height} is more than {MAX_PIXELS} pixels"
-                )
+                raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
             image.load()
             return to_rgb(image)
-    except ImageError:
-        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path}: {error}") from error
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from modeling.batch import PackedBatch, SpecialTokens
+from modeling.batch import PackedBatch
 
-from .config import DatasetConfig, GroupConfig, MixtureConfig
+from .config import RULES, DatasetConfig, GroupConfig, MixtureConfig
 from .packer import Packer, PackerConfig, Sample
 from .records import Record, read_records
 from .tasks import restoration_sample
@@ -33,16 +33,9 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         if self.expected_num_tokens < 1:
             raise ValueError(f"expected_num_tokens={self.expected_num_tokens} must be positive")
-        if self.max_num_tokens_per_sample > self.max_num_tokens:
-            raise ValueError(
-                f"max_num_tokens_per_sample={self.max_num_tokens_per_sample} exceeds "
-                f"max_num_tokens={self.max_num_tokens}"
-            )
-        if self.expected_num_tokens > self.max_num_tokens:
-            raise ValueError(
-                f"expected_num_tokens={self.expected_num_tokens} exceeds "
-                f"max_num_tokens={self.max_num_tokens}"
-            )
+        for name in ("max_num_tokens_per_sample", "expected_num_tokens"):
+            if (value := getattr(self, name)) > self.max_num_tokens:
+                raise ValueError(f"{name}={value} exceeds max_num_tokens={self.max_num_tokens}")
 
 
 class _Dataset:
@@ -50,8 +43,7 @@ class _Dataset:
 
     def __init__(self, config: DatasetConfig, group: GroupConfig, seed: int) -> None:
         self.config, self.group, self.seed = config, group, seed
-        records = read_records(config.jsonl_path)
-        self.records = records[: config.num_used_data or None]
+        self.records = read_records(config.jsonl_path)[: config.num_used_data or None]
         self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
 
     def record(self, draw: int) -> Record:
@@ -65,15 +57,10 @@ class _Dataset:
 
 def _check_strides(group: GroupConfig, packer: PackerConfig) -> None:
     """Raises ValueError where a resize rule gives sizes that the model cannot take."""
-    rules = (
-        ("image_transform_args", group.image_transform_args, packer.latent_stride),
-        ("vit_image_transform_args", group.vit_image_transform_args, packer.vit_patch_size),
-    )
-    for name, rule, stride in rules:
-        if rule.image_stride % stride:
-            raise ValueError(
-                f"{name}: image_stride={rule.image_stride} is no multiple of the model's {stride}"
-            )
+    for name, stride in zip(RULES, (packer.latent_stride, packer.vit_patch_size), strict=True):
+        found = getattr(group, name).image_stride
+        if found % stride:
+            raise ValueError(f"{name}: image_stride={found} is no multiple of the model's {stride}")
 
 
 class PackedLoader:
@@ -93,14 +80,19 @@ class PackedLoader:
         ]
         for group in mixture.groups:
             _check_strides(group, packer_config)
-        sizes = np.array([len(d.records) for d in self.datasets], dtype=float)
         # A group's share is its weight; inside a group every record is equally likely.
-        in_group = [sizes[[d.group is group for d in self.datasets]].sum() for group, _ in pairs]
-        shares = np.array([group.weight for group, _ in pairs]) * sizes / np.array(in_group)
-        self.shares = shares / shares.sum()
+        shares = []
+        for dataset in self.datasets:
+            in_group = sum(len(d.records) for d in self.datasets if d.group is dataset.group)
+            shares.append(dataset.group.weight * len(dataset.records) / in_group)
+        self.shares = np.array(shares) / np.sum(shares)
         self.draws = [0] * len(self.datasets)
-        self.position = 0
         self.too_long = 0
+
+    @property
+    def position(self) -> int:
+        """Samples of the stream that were packed or dropped."""
+        return sum(self.draws)
 
     def _draw(self) -> tuple[int, Sample, torch.Generator]:
         """The next sample of the stream and the generator of its randomness."""
@@ -118,37 +110,28 @@ class PackedLoader:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         return chosen, sample, generator
 
-    def _advance(self, chosen: int) -> None:
-        self.position += 1
-        self.draws[chosen] += 1
-
     def next_batch(self) -> PackedBatch:
         """Raises ValueError when samples keep being too long for a pack."""
-        packer = Packer(self.packer_config, self.special)
-        dropped = 0
+        packer, dropped_in_a_row = Packer(self.packer_config, self.tokenizer.special), 0
+        longest = self.config.max_num_tokens_per_sample
         while packer.num_tokens < self.config.expected_num_tokens:
             chosen, sample, generator = self._draw()
             tokens = self.packer_config.num_tokens(sample)
-            if tokens > self.config.max_num_tokens_per_sample:
-                dropped += 1
-                if dropped > 100:
-                    raise ValueError(
-                        f"100 samples in a row exceed max_num_tokens_per_sample="
-                        f"{self.config.max_num_tokens_per_sample} (the last has {tokens} tokens)"
-                    )
+            if tokens <= longest:
+                if packer.num_tokens + tokens > self.config.max_num_tokens:
+                    break
+                packer.add(sample, generator)
+                dropped_in_a_row = 0
+            elif dropped_in_a_row == 100:
+                raise ValueError(
+                    f"100 samples in a row exceed max_num_tokens_per_sample={longest} "
+                    f"(the last has {tokens} tokens)"
+                )
+            else:
                 self.too_long += 1
-                self._advance(chosen)
-                continue
-            if packer.num_tokens + tokens > self.config.max_num_tokens:
-                break
-            dropped = 0
-            packer.add(sample, generator)
-            self._advance(chosen)
+                dropped_in_a_row += 1
+            self.draws[chosen] += 1
         return packer.build()
-
-    @property
-    def special(self) -> SpecialTokens:
-        return self.tokenizer.special
 
     def __iter__(self) -> Iterator[PackedBatch]:
         while True:
@@ -156,11 +139,7 @@ class PackedLoader:
 
     def resize_rules(self) -> dict[str, Any]:
         """Resize rules of the first group, as keys of a mixture."""
-        group = self.datasets[0].group
-        return {
-            "image_transform_args": asdict(group.image_transform_args),
-            "vit_image_transform_args": asdict(group.vit_image_transform_args),
-        }
+        return {name: asdict(getattr(self.datasets[0].group, name)) for name in RULES}
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position, "draws": list(self.draws), "too_long": self.too_long}
@@ -172,5 +151,4 @@ class PackedLoader:
                 f"the saved stream mixes {len(state['draws'])} data sets, "
                 f"this one {len(self.datasets)}"
             )
-        self.position, self.too_long = state["position"], state["too_long"]
-        self.draws = list(state["draws"])
+        self.draws, self.too_long = list(state["draws"]), state["too_long"]

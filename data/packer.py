@@ -1,7 +1,11 @@
 """Segments -> PackedBatch: samples end to end in one sequence. No I/O; randomness only from the
 generator that comes with each sample, so a sample looks the same in whatever pack it lands."""
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
+from itertools import chain
+from math import prod
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +22,11 @@ from modeling.batch import (
 from modeling.flow import CONDITIONING, logit_from_time
 from modeling.geometry import patchify, position_ids
 
+Part = TypeVar("Part", TextTokens, AnswerLabels, VitImages, VaeImages)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Segment:
+class _Segment:
     """A part of a sample. `droppable` conditions are left out by their dropout probability."""
 
     droppable: bool = False
@@ -29,7 +35,7 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSegment(Segment):
+class TextSegment(_Segment):
     ids: list[int]
     """Without bos and eos."""
     answer: bool = False
@@ -37,17 +43,20 @@ class TextSegment(Segment):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VitSegment(Segment):
+class VitSegment(_Segment):
     image_pm1: Tensor
     """(3, H, W) in [-1, 1], sides multiples of the ViT patch."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class VaeSegment(Segment):
+class VaeSegment(_Segment):
     image_pm1: Tensor
     """(3, H, W) in [-1, 1], sides multiples of the latent stride."""
     target: bool = False
     """Generated (with noise) rather than a condition."""
+
+
+Segment = TextSegment | VitSegment | VaeSegment
 
 
 @dataclass(frozen=True)
@@ -95,27 +104,23 @@ class PackerConfig:
     def num_tokens(self, sample: Sample) -> int:
         """Tokens of a sample without any dropout."""
         return sum(
-            len(s.ids) + 2 if isinstance(s, TextSegment) else _area(self.grid(s)) + 2
+            2 + (len(s.ids) if isinstance(s, TextSegment) else prod(self.grid(s)))
             for s in sample.segments
-            if isinstance(s, TextSegment | VitSegment | VaeSegment)
         )
 
 
-def _area(grid: tuple[int, int]) -> int:
-    return grid[0] * grid[1]
-
-
-@dataclass
-class _Images:
-    """Image tokens of one kind while they are collected."""
-
-    images: list[Tensor] = field(default_factory=list)
-    grids: list[tuple[int, int]] = field(default_factory=list)
-    position_ids: list[Tensor] = field(default_factory=list)
-    indexes: list[Tensor] = field(default_factory=list)
-    time_logits: list[float] = field(default_factory=list)
-    noise_seeds: list[int] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
+def _joined(parts: list[Part]) -> Part:
+    """One record of many: tensors and tuples end to end, numbers summed."""
+    joined: dict[str, Any] = {}
+    for field in dataclasses.fields(parts[0]):
+        values = [getattr(part, field.name) for part in parts]
+        if isinstance(values[0], Tensor):
+            joined[field.name] = torch.cat(values)
+        elif isinstance(values[0], tuple):
+            joined[field.name] = tuple(chain.from_iterable(values))
+        else:
+            joined[field.name] = sum(values)
+    return type(parts[0])(**joined)
 
 
 class Packer:
@@ -127,12 +132,10 @@ class Packer:
         self.split_lens: list[int] = []
         self.attn_modes: list[AttentionMode] = []
         self.positions: list[int] = []
-        self.text_ids: list[int] = []
-        self.text_indexes: list[int] = []
-        self.label_ids: list[int] = []
-        self.label_indexes: list[int] = []
-        self.label_weights: list[float] = []
-        self.vit, self.vae = _Images(), _Images()
+        self.text: list[TextTokens] = []
+        self.labels: list[AnswerLabels] = []
+        self.vit: list[VitImages] = []
+        self.vae: list[VaeImages] = []
 
     @property
     def num_tokens(self) -> int:
@@ -146,7 +149,7 @@ class Packer:
                 position += not isinstance(segment, TextSegment)
             elif isinstance(segment, TextSegment):
                 position = self._add_text(segment, position, answer_weight)
-            elif isinstance(segment, VitSegment | VaeSegment):
+            else:
                 position = self._add_image(segment, position, sample.name, generator)
         if self.num_tokens > before:
             self.sample_lens.append(self.num_tokens - before)
@@ -159,46 +162,45 @@ class Packer:
         }[type(segment)]
         return torch.rand((), generator=generator).item() < probability
 
-    def _label(self, index: int, label: int, weight: float) -> None:
-        self.label_indexes.append(index)
-        self.label_ids.append(label)
-        self.label_weights.append(weight)
-
     def _add_text(self, segment: TextSegment, position: int, weight: float) -> int:
         ids = [self.tokens.bos, *segment.ids, self.tokens.eos]
-        start = self.num_tokens
-        self.text_ids += ids
-        self.text_indexes += range(start, start + len(ids))
+        start, end = self.num_tokens, position + len(ids)
+        indexes = torch.arange(start, start + len(ids))
+        self.text.append(TextTokens(ids=torch.tensor(ids), indexes=indexes))
         if segment.answer:
-            for i, label in enumerate(ids[1:]):
-                self._label(start + i, label, weight)
-        if segment.end_label is not None:
-            self._label(start + len(ids) - 1, segment.end_label, weight)
-        self._close_split(list(range(position, position + len(ids))), "causal")
-        return position + len(ids)
+            self._label(start, ids[1:], weight)
+        self._close_split(segment, list(range(position, end)), "causal", weight)
+        return end
 
     def _add_image(
         self, segment: VitSegment | VaeSegment, position: int, name: str, generator: torch.Generator
     ) -> int:
         config, grid, start = self.config, self.config.grid(segment), self.num_tokens
-        n = _area(grid)
-        is_vit = isinstance(segment, VitSegment)
+        vit, n = isinstance(segment, VitSegment), prod(grid)
         target = isinstance(segment, VaeSegment) and segment.target
-        side = config.vit_max_num_patch_per_side if is_vit else config.max_latent_size
-        images = self.vit if is_vit else self.vae
-        images.images.append(segment.image_pm1)
-        images.grids.append(grid)
-        images.position_ids.append(position_ids(*grid, side, config.interpolate_pos))
-        images.indexes.append(torch.arange(start + 1, start + 1 + n))
-        images.names.append(name)
-        if not is_vit:
-            images.time_logits.append(self._time_logit(generator) if target else CONDITIONING)
-            images.noise_seeds.append(int(torch.randint(2**62, (), generator=generator)))
-        self.text_ids += [self.tokens.image_start, self.tokens.image_end]
-        self.text_indexes += [start, start + n + 1]
-        if segment.end_label is not None:
-            self._label(start + n + 1, segment.end_label, 1.0)
-        self._close_split([position] * (n + 2), "noise" if target else "full")
+        side = config.vit_max_num_patch_per_side if vit else config.max_latent_size
+        ids = position_ids(*grid, side, config.interpolate_pos)
+        indexes = torch.arange(start + 1, start + 1 + n)
+        if vit:
+            patches = patchify(segment.image_pm1, config.vit_patch_size)
+            self.vit.append(
+                VitImages(patches=patches, position_ids=ids, indexes=indexes, lens=(n,))
+            )
+        else:
+            self.vae.append(
+                VaeImages(
+                    images=(segment.image_pm1,),
+                    grids=(grid,),
+                    time_logits=(self._time_logit(generator) if target else CONDITIONING,),
+                    noise_seeds=(int(torch.randint(2**62, (), generator=generator)),),
+                    names=(name,),
+                    position_ids=ids,
+                    indexes=indexes,
+                )
+            )
+        ends = torch.tensor([self.tokens.image_start, self.tokens.image_end])
+        self.text.append(TextTokens(ids=ends, indexes=torch.tensor([start, start + n + 1])))
+        self._close_split(segment, [position] * (n + 2), "noise" if target else "full", 1.0)
         return position if target else position + 1
 
     def _time_logit(self, generator: torch.Generator) -> float:
@@ -212,10 +214,25 @@ class Packer:
             return logit_from_time(uniform * config.low_t_max, config.timestep_shift)
         return logit
 
-    def _close_split(self, positions: list[int], mode: AttentionMode) -> None:
+    def _label(self, start: int, ids: list[int], weight: float) -> None:
+        """Trains the tokens from `start` on to announce `ids`."""
+        self.labels.append(
+            AnswerLabels(
+                ids=torch.tensor(ids),
+                indexes=torch.arange(start, start + len(ids)),
+                weights=torch.full((len(ids),), weight),
+                total_weight=weight * len(ids),
+            )
+        )
+
+    def _close_split(
+        self, segment: Segment, positions: list[int], mode: AttentionMode, weight: float
+    ) -> None:
         self.positions += positions
         self.split_lens.append(len(positions))
         self.attn_modes.append(mode)
+        if segment.end_label is not None:
+            self._label(self.num_tokens - 1, [segment.end_label], weight)
 
     def build(self) -> PackedBatch:
         """Raises ValueError when no token was packed."""
@@ -226,44 +243,8 @@ class Packer:
             split_lens=tuple(self.split_lens),
             attn_modes=tuple(self.attn_modes),
             position_ids=torch.tensor(self.positions),
-            text=TextTokens(
-                ids=torch.tensor(self.text_ids), indexes=torch.tensor(self.text_indexes)
-            ),
-            labels=self._labels(),
-            vit=self._vit(),
-            vae=self._vae(),
-        )
-
-    def _labels(self) -> AnswerLabels | None:
-        if not self.label_ids:
-            return None
-        return AnswerLabels(
-            ids=torch.tensor(self.label_ids),
-            indexes=torch.tensor(self.label_indexes),
-            weights=torch.tensor(self.label_weights),
-            total_weight=sum(self.label_weights),
-        )
-
-    def _vit(self) -> VitImages | None:
-        if not self.vit.images:
-            return None
-        patch = self.config.vit_patch_size
-        return VitImages(
-            patches=torch.cat([patchify(image, patch) for image in self.vit.images]),
-            position_ids=torch.cat(self.vit.position_ids),
-            indexes=torch.cat(self.vit.indexes),
-            lens=tuple(_area(grid) for grid in self.vit.grids),
-        )
-
-    def _vae(self) -> VaeImages | None:
-        if not self.vae.images:
-            return None
-        return VaeImages(
-            images=tuple(self.vae.images),
-            grids=tuple(self.vae.grids),
-            time_logits=tuple(self.vae.time_logits),
-            noise_seeds=tuple(self.vae.noise_seeds),
-            names=tuple(self.vae.names),
-            position_ids=torch.cat(self.vae.position_ids),
-            indexes=torch.cat(self.vae.indexes),
+            text=_joined(self.text),
+            labels=_joined(self.labels) if self.labels else None,
+            vit=_joined(self.vit) if self.vit else None,
+            vae=_joined(self.vae) if self.vae else None,
         )

@@ -32,11 +32,10 @@ class Record:
 def read_records(path: str | Path) -> list[Record]:
     """All records of a JSONL file; blank lines are allowed.
 
-    Raises RecordError (`file:line: reason`) for a bad line, FileNotFoundError without the file,
-    and RecordError for a file without any record.
+    Raises RecordError (`file:line: reason`) for a bad line or a file without any record,
+    FileNotFoundError without the file.
     """
-    path = Path(path)
-    with path.open("rb") as lines:
+    with Path(path).open("rb") as lines:
         records = [
             parse_record(line, f"{path}:{number}")
             for number, line in enumerate(lines, start=1)
@@ -51,50 +50,45 @@ def parse_record(line: str | bytes, source: str) -> Record:
     """Raises RecordError when the line is no JSON object or a field is missing or misshapen."""
     try:
         raw = json.loads(line)
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise RecordError(f"{source}: no JSON: {error}") from error
-    try:
         json.dumps(raw, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise RecordError(f"{source}: a lone surrogate is no text: {error}") from error
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise RecordError(f"{source}: no JSON: {error}") from error
     if not isinstance(raw, dict):
         raise RecordError(f"{source}: a JSON object is expected, not {type(raw).__name__}")
-    messages = _messages(raw, source)
-    human = [m["value"] for m in messages if m["from"] == "human"]
-    gpt = [m["value"] for m in messages if m["from"] == "gpt"]
-    if not human:
+    last: dict[str, str] = {}
+    for entry in _entries(raw, "message", "from, value", source):
+        match entry:
+            case {"from": "human" | "gpt" as author, "value": str(text)}:
+                last[author] = text.replace("<image>", "").strip()
+            case _:
+                reason = "is no {from: human|gpt, value}"
+                raise RecordError(f"{source}: message entry {entry!r} {reason}")
+    if "human" not in last:
         raise RecordError(f"{source}: message holds no entry from `human`")
     return Record(
         source=source,
         input_images=_paths(raw, "input_img", source),
         output_images=_paths(raw, "output_img", source) if "output_img" in raw else (),
-        instruction=human[-1].replace("<image>", "").strip(),
-        assessment=gpt[-1].replace("<image>", "").strip() if gpt else None,
+        instruction=last["human"],
+        assessment=last.get("gpt"),
         main_task_type=str(raw.get("main_task_type", "unknown")),
         degrade_type=str(raw.get("degrade_type", "unknown")),
         raw=raw,
     )
 
 
-def _messages(raw: dict[str, Any], source: str) -> list[dict[str, str]]:
-    messages = raw.get("message")
-    if not isinstance(messages, list) or not messages:
-        raise RecordError(f"{source}: message must be a list of {{from, value}}")
-    for entry in messages:
-        if (
-            not isinstance(entry, dict)
-            or entry.get("from") not in ("human", "gpt")
-            or not isinstance(entry.get("value"), str)
-        ):
-            raise RecordError(f"{source}: message entry {entry!r} is no {{from: human|gpt, value}}")
-    return messages
-
-
 def _paths(raw: dict[str, Any], field: str, source: str) -> tuple[str, ...]:
-    images = raw.get(field)
-    if not isinstance(images, list) or not images:
-        raise RecordError(f"{source}: {field} must be a list of {{path, height, width}}")
+    images = _entries(raw, field, "path, height, width", source)
     for image in images:
         if not isinstance(image, dict) or not isinstance(image.get("path"), str):
             raise RecordError(f"{source}: {field} entry {image!r} has no path")
     return tuple(image["path"] for image in images)
+
+
+def _entries(raw: dict[str, Any], field: str, keys: str, source: str) -> list[Any]:
+    entries = raw.get(field)
+    if not isinstance(entries, list) or not entries:
+        raise RecordError(f"{source}: {field} must be a list of {{{keys}}}")
+    return entries
