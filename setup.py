@@ -22,6 +22,7 @@ setup(
     install_requires=[
         "torch==2.13.0",
         "transformers==5.23.0",
+        "huggingface_hub==2.4.0",
         "safetensors==0.8.0",
         "numpy==2.4.6",
         "pillow==13.0.0",

@@ -127,7 +127,7 @@ class _SSIM(torch.autograd.Function):
             need_grad=need_grad,
         )
         loss = torch.zeros(B * C, dtype=dtype, device=x.device)
-        gradient = loss.new_zeros(B * C, H, W) if need_grad else None
+        gradient = loss.new_zeros(B * C if need_grad else 0, H, W)
         count = loss.new_full((B,), C * (H - halo) * (W - halo))
         if weight is not None:
             half = halo // 2
@@ -147,7 +147,7 @@ class _SSIM(torch.autograd.Function):
                         x[pixels], y[pixels], None if weight is None else weight[windows]
                     )
                     loss[part].add_(strip_loss)
-                    if need_grad:
+                    if strip_gradient is not None:
                         gradient[pixels].add_(strip_gradient)
         # An image without any weight has a sum of 0: loss 0 and gradient 0, not 0 / 0.
         scale = torch.where(count > 0, 1 / count, 0.0)
