@@ -132,8 +132,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Levels run from the coarsest `up.{last}` to `up.0`.
 
-    With `checkpointed_levels = n` the n finest levels are recomputed in backward instead of
-    stored: their activations are what runs out of memory at 512 x 512 and above.
+    The two finest levels of an image of `checkpoint_pixels` or more are recomputed in backward
+    instead of stored: their activations are what runs out of memory at 512 x 512 and above.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -147,15 +147,15 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(levels)
         self.norm_out = _norm(widths[0])
         self.conv_out = _conv3(widths[0], config.out_ch)
-        self.checkpointed_levels = 0
+        self.checkpoint_pixels = 512 * 512
+        self.downsample = config.downsample
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
-        for i in reversed(range(len(self.up))):
-            if i < self.checkpointed_levels and torch.is_grad_enabled():
-                h = checkpoint(self.up[i], h, use_reentrant=False)
-            else:
-                h = self.up[i](h)
+        pixels = z.shape[-2] * z.shape[-1] * self.downsample**2
+        recomputed = 2 if pixels >= self.checkpoint_pixels and torch.is_grad_enabled() else 0
+        for i, level in reversed(list(enumerate(self.up))):
+            h = checkpoint(level, h, use_reentrant=False) if i < recomputed else level(h)
         # Rounding the image to bf16 alone moves 1 - SSIM by half on low-contrast images, so the
         # output layers leave autocast and run in fp32.
         with torch.autocast(h.device.type, enabled=False):

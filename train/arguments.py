@@ -17,7 +17,17 @@ from typing import Any, get_args
 import yaml
 
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("max_checkpoints log_every save_every total_steps", lambda n: n >= 1, "must be at least 1"),
+    (
+        "max_checkpoints log_every save_every total_steps gradient_accumulation_steps "
+        "pixel_loss_chunk_size vae_checkpoint_pixels pixel_space_unseen_steps",
+        lambda n: n >= 1,
+        "must be at least 1",
+    ),
+    (
+        "pixel_space_balance ssim_grad_clamp pixel_space_max_ratio",
+        lambda x: x is None or 0 < x < math.inf,
+        "must be positive and finite",
+    ),
     ("warmup_steps ssim_grad_scale", lambda x: x >= 0, "must not be negative"),
     ("lr eps max_grad_norm", lambda x: 0 < x < math.inf, "must be positive and finite"),
     (
@@ -120,6 +130,8 @@ class TrainingArguments(_Ranges):
     save_every: int = 2000
     """Steps between checkpoints; the last step is always saved."""
     total_steps: int = 500_000
+    gradient_accumulation_steps: int = 1
+    """Packs per step and process."""
     warmup_steps: int = 2000
     lr_scheduler: str = "constant"
     """`constant` or `cosine` (to min_lr), both after a linear warm-up."""
@@ -141,14 +153,31 @@ class TrainingArguments(_Ranges):
     """`l1`, `l2` or `mse` (the same as l2)."""
     pixel_loss_max_t: float = 0.3
     """Only images with t below it contribute, weighted by (max_t - t) / max_t."""
+    pixel_loss_chunk_size: int = 2
+    """Images that are decoded at once for the pixel and SSIM losses."""
+    pixel_loss_adaptive_chunk: bool = True
+    """Decode 1, 2 or 4 images at once instead: from 1024 x 1024, from 512 x 512, and below."""
+    vae_checkpoint_pixels: int = 512 * 512
+    """From this size on the decoder's two finest levels are recomputed in backward."""
     pixel_space_t_fraction: float = 0.0
     """Share of the target images drawn with t uniform in (0, the largest active max_t]."""
+    pixel_space_balance: float | None = None
+    """Norm of the pixel-space gradient at the velocity over that of MSE; None: by the weights."""
+    pixel_space_max_ratio: float = 10.0
+    """The same ratio of a single term from which a warning is printed."""
+    pixel_space_unseen_steps: int = 500
+    """Steps after which a term that has seen no image is warned of."""
     ssim_loss_weight: float = 0.0
     ssim_loss_max_t: float = 0.1
     ssim_window_size: int = 11
     """Odd side of the Gaussian window, in pixels."""
     ssim_grad_scale: float = 0.1
     """Factor on the gradient between SSIM and decoder: for the gradient the same as the weight."""
+    ssim_grad_clamp: float | None = None
+    """Largest element of the gradient of area * (1 - SSIM) at the decoded image, before the scale;
+    None clamps nothing."""
+    ssim_compile: bool = False
+    """SSIM through torch.compile: faster after half a minute at the first image."""
     freeze_llm: bool = False
     freeze_vit: bool = False
     freeze_vae: bool = True
@@ -173,6 +202,9 @@ class TrainingArguments(_Ranges):
             "does not build": pixel_space and not self.visual_gen,
             "pixel_space_t_fraction needs pixel_loss_weight or ssim_loss_weight above 0": (
                 self.pixel_space_t_fraction > 0 and not pixel_space
+            ),
+            "pixel_space_balance needs mse_weight and pixel_loss_weight or ssim_loss_weight": (
+                self.pixel_space_balance is not None and not (pixel_space and self.mse_weight > 0)
             ),
             "freeze_vae=False: the autoencoder is not trained here": not self.freeze_vae,
             "init_from_scratch and finetune_from_ema contradict each other": (

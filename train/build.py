@@ -14,8 +14,10 @@ from modeling.pretrained import LoadReport, Weights, load_architecture, load_pre
 
 from .arguments import RunArguments, TrainingArguments
 from .checkpoint import step_folders
+from .distributed import all_reduce
 from .ema import EMA
 from .optim import apply_freeze_plan, build_optimizer, build_schedule
+from .telemetry import Telemetry
 from .trainer import Trainer
 
 MODEL_OVERRIDES = {
@@ -44,10 +46,15 @@ def build_trainer(args: RunArguments) -> Trainer:
     model.to(device)
     apply_freeze_plan(model, args.training)
     terms = build_terms(args.training)
-    model.losses = LossSet(tuple(term for term, _ in terms))
+    model.losses = LossSet(
+        tuple(term for term, _ in terms),
+        args.training.pixel_loss_chunk_size,
+        args.training.pixel_loss_adaptive_chunk,
+        args.training.pixel_space_balance,
+        all_reduce,
+    )
     if model.losses.needs_image:
-        # Their activations are what runs out of memory at 512 x 512 pixels and above.
-        model.vae.decoder.checkpointed_levels = 2
+        model.vae.decoder.checkpoint_pixels = args.training.vae_checkpoint_pixels
     optimizer = build_optimizer(model, args.training)
     trainer = Trainer(
         args=args,
@@ -57,6 +64,11 @@ def build_trainer(args: RunArguments) -> Trainer:
         schedule=build_schedule(optimizer, args.training),
         ema=EMA(model, args.training.ema),
         weights={term.name: weight for term, weight in terms},
+        telemetry=Telemetry(
+            [term.name for term in model.losses.pixel_terms],
+            args.training.pixel_space_unseen_steps,
+            args.training.pixel_space_max_ratio,
+        ),
         device=device,
     )
     if (folder := resume_folder(args.training)) is not None:
@@ -106,7 +118,13 @@ def build_terms(args: TrainingArguments) -> list[tuple[Term, float]]:
         (VelocityMSE(), args.mse_weight if args.visual_gen else 0.0),
         (PixelTerm(power, args.pixel_loss_max_t), args.pixel_loss_weight),
         (
-            SSIMTerm(args.ssim_loss_max_t, args.ssim_window_size, args.ssim_grad_scale),
+            SSIMTerm(
+                args.ssim_loss_max_t,
+                args.ssim_window_size,
+                args.ssim_grad_scale,
+                args.ssim_grad_clamp,
+                args.ssim_compile,
+            ),
             args.ssim_loss_weight,
         ),
     ]
@@ -120,7 +138,7 @@ def build_loader(args: RunArguments, model: Bagel) -> PackedLoader:
     if args.data.dataset_config_file is None or args.model.model_path is None:
         raise ValueError("--dataset_config_file is needed: a YAML data mixture")
     data, config = args.data, model.config
-    gates = [term.max_t for term in model.losses.terms if isinstance(term, PixelTerm | SSIMTerm)]
+    gates = [term.max_t for term in model.losses.pixel_terms]
     packer = PackerConfig(
         latent_stride=config.latent_stride,
         max_latent_size=config.max_latent_size,

@@ -5,6 +5,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -50,12 +51,17 @@ class Metrics:
     def _reset(self) -> None:
         self.sums: dict[str, Tensor | float] = {}
         self.counts: dict[str, float] = {}
+        self.largest: dict[str, Tensor] = {}
         self.start = time.perf_counter()
 
     def add(self, name: str, total: Tensor | float, count: float = 1.0) -> None:
         detached = total.detach() if isinstance(total, Tensor) else total
         self.sums[name] = self.sums.get(name, 0.0) + detached
         self.counts[name] = self.counts.get(name, 0.0) + count
+
+    def add_largest(self, name: str, value: Tensor) -> None:
+        """The line shows the largest value since the last one."""
+        self.largest[name] = torch.maximum(self.largest.get(name, value), value).detach()
 
     def log(self, step: int) -> dict[str, float]:
         """Writes and returns the averages; the only place where the host waits for the device."""
@@ -65,6 +71,7 @@ class Metrics:
             for name, total in self.sums.items()
             if self.counts[name] > 0
         }
+        line |= {name: float(value) for name, value in self.largest.items()}
         line["tokens_per_s"] = float(self.sums.get("tokens", 0.0)) / seconds
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step} | line) + "\n")

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +11,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from data.loader import PackedLoader
 from modeling.bagel.bagel import Bagel
+from modeling.bagel.losses import LossTerm
 from modeling.batch import PackedBatch
 
 from .arguments import RunArguments
 from .checkpoint import load_checkpoint, save_checkpoint
+from .distributed import all_gather, rank, sum_over_ranks
 from .ema import EMA
 from .metrics import Metrics
+from .telemetry import Telemetry
 
 
 class NonFiniteError(FloatingPointError):
@@ -36,6 +38,7 @@ class Trainer:
     ema: EMA
     weights: dict[str, float]
     """Weight of every loss term."""
+    telemetry: Telemetry
     device: torch.device
     step: int = 0
 
@@ -52,54 +55,98 @@ class Trainer:
                 self.step += 1
                 last = self.step == args.total_steps
                 if self.step % args.log_every == 0 or last:
-                    metrics.log(self.step)
+                    self.telemetry.end_window(metrics.log(self.step))
                 if self.step % args.save_every == 0 or last:
                     self.save()
 
     def train_step(self, batches: Iterator[PackedBatch], metrics: Metrics) -> None:
-        """Fetch, forward, weigh, backward, clip, step, average."""
-        batch = next(batches).to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.training.bf16):
-            terms = self.model(batch)
-        loss = torch.zeros((), device=self.device)
-        for name, term in terms.items():
-            # A count of 0 comes with a sum of exactly 0.
-            weighted = self.weights[name] * term.sum
-            loss = loss + weighted / (term.count or 1.0)
-            metrics.add(name, term.sum, term.count)
-            metrics.add(f"{name}_weighted", weighted, term.count)
-        if not terms:
+        """Fetch, count, forward, weigh, backward, clip, step, average."""
+        args = self.args.training
+        micro_batches = [
+            next(batches).to(self.device, non_blocking=True)
+            for _ in range(args.gradient_accumulation_steps)
+        ]
+        counts = self.global_counts(micro_batches)
+        # A count of 0 comes with a sum of exactly 0.
+        scales = {name: self.weights[name] / (count or 1.0) for name, count in counts.items()}
+        observe = self.telemetry.begin_step(counts, scales)
+        self.optimizer.zero_grad()
+        found: list[dict[str, LossTerm]] = []
+        for batch in micro_batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
+                terms = self.model(batch, scales=scales, observe=observe)
+            if terms:
+                torch.stack([scales[n] * term.sum for n, term in terms.items()]).sum().backward()
+            for name, term in terms.items():
+                metrics.add(name, term.sum, term.count)
+                metrics.add(f"{name}_weighted", self.weights[name] * term.sum, term.count)
+            metrics.add("tokens", batch.num_tokens, 1 / len(micro_batches))
+            self.telemetry.add(self.step, batch, terms)
+            found.append(terms)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+        self.require_finite(norm, micro_batches, found)
+        self.telemetry.end_step(metrics, self.device)
+        metrics.add("lr", self.schedule.get_last_lr()[0])
+        metrics.add("total_norm", norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.ema.update()
+        if self.step == 0:
+            self.warn_if_untrained(found[0])
+
+    def global_counts(self, batches: list[PackedBatch]) -> dict[str, float]:
+        """Counts over all micro-batches and ranks; what no batch has anything for is absent.
+
+        Raises ValueError when that is every term.
+        """
+        shift = self.model.config.timestep_shift
+        found = [self.model.losses.counts(batch, shift) for batch in batches]
+        counts = [sum(c.get(name, 0.0) for c in found) for name in self.weights]
+        holders = [float(sum(name in c for c in found)) for name in self.weights]
+        totals = sum_over_ranks(counts + holders, self.device)
+        present = {
+            name: total
+            for name, total, there in zip(
+                self.weights, totals[: len(counts)], totals[len(counts) :], strict=True
+            )
+            if there
+        }
+        if not present:
             raise ValueError(
                 f"step {self.step}: nothing to train on: no sample of the batch has anything for "
                 f"{', '.join(self.weights)}"
             )
-        self.optimizer.zero_grad()
-        loss.backward()
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(trained, self.args.training.max_grad_norm)
-        self.require_finite(norm, {n: term.sum for n, term in terms.items()}, batch)
-        metrics.add("lr", self.schedule.get_last_lr()[0])
-        self.optimizer.step()
-        self.schedule.step()
-        self.ema.update()
-        metrics.add("total_norm", norm)
-        metrics.add("tokens", batch.num_tokens)
-        if self.step == 0:
-            self.warn_if_untrained(terms)
+        return present
 
-    def require_finite(self, norm: Tensor, sums: dict[str, Tensor], batch: PackedBatch) -> None:
-        """Raises NonFiniteError, before any weight has moved, naming the terms and the images."""
-        finite = torch.isfinite(torch.stack([norm, *sums.values()]))
-        if finite.all():
-            return
-        guilty = [name for name, ok in zip(sums, finite[1:].tolist(), strict=True) if not ok]
-        names = batch.vae.names if batch.vae is not None else ()
-        raise NonFiniteError(
-            f"step {self.step}: gradient norm {norm.item()}, non-finite terms {guilty or 'none'}; "
-            f"images of the batch: {', '.join(dict.fromkeys(names))}"
+    def require_finite(
+        self, norm: Tensor, batches: list[PackedBatch], found: list[dict[str, LossTerm]]
+    ) -> None:
+        """Raises NonFiniteError on all ranks, before any weight has moved, naming the terms, their
+        images and the ranks."""
+        sums = torch.stack(
+            [norm, *(term.sum.detach() for terms in found for term in terms.values())]
         )
+        bad = sum_over_ranks([float(not sums.isfinite().all())], self.device)
+        if not bad[0]:
+            return
+        guilty = [
+            (name, [i.image.name for i in term.images if not i.loss.isfinite()])
+            for terms in found
+            for name, term in terms.items()
+            if not term.sum.isfinite()
+        ]
+        images = [name for _, names in guilty for name in names] or [
+            name for batch in batches if batch.vae is not None for name in batch.vae.names
+        ]
+        own = (
+            f"rank {rank()}: gradient norm {norm.item()}, non-finite terms "
+            f"{sorted({name for name, _ in guilty}) or 'none'}, "
+            f"images {', '.join(dict.fromkeys(images))}"
+        )
+        raise NonFiniteError(f"step {self.step}: " + " | ".join(all_gather(own)))
 
-    def warn_if_untrained(self, terms: dict[str, Any]) -> None:
+    def warn_if_untrained(self, terms: dict[str, LossTerm]) -> None:
         """A first cross-entropy near ln(vocabulary) is that of random weights."""
         if "ce" not in terms or self.args.training.init_from_scratch:
             return
@@ -113,7 +160,7 @@ class Trainer:
             )
 
     def save(self) -> Path:
-        state = {"loader": self.loader.state_dict()}
+        state = {"loader": self.loader.state_dict(), "telemetry": self.telemetry.state_dict()}
         return save_checkpoint(
             self.run,
             self.step,
@@ -130,6 +177,7 @@ class Trainer:
         state = load_checkpoint(folder, self.model, self.ema, self.optimizer)
         self.step = state["step"]
         self.loader.load_state_dict(state["loader"])
+        self.telemetry.load_state_dict(state["telemetry"])
         # Stepping the old schedule before the optimizer would warn.
         lr_lambda = self.schedule.lr_lambdas[0]
         self.schedule = LambdaLR(self.optimizer, lr_lambda, last_epoch=self.step - 1)

@@ -4,6 +4,7 @@ Shape legend: S sequence tokens, d hidden size, L latent tokens, D numbers in a 
 M latent tokens of target images.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -186,6 +187,15 @@ class Bagel(nn.Module):
             clean=flow.z0[target],
         )
 
-    def forward(self, batch: PackedBatch, flow: FlowInputs | None = None) -> dict[str, LossTerm]:
-        """The (sum, count) of every configured loss term that this batch has something for."""
-        return self.losses(self.step_outputs(batch, flow))
+    def forward(
+        self,
+        batch: PackedBatch,
+        flow: FlowInputs | None = None,
+        scales: Mapping[str, float] | None = None,
+        observe: bool = False,
+    ) -> dict[str, LossTerm]:
+        """The (sum, count) of every configured loss term that this batch has something for.
+
+        `scales` and `observe`: see `LossSet.__call__`.
+        """
+        return self.losses(self.step_outputs(batch, flow), scales, observe)

@@ -9,10 +9,10 @@ C channels, H and W pixels.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,25 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..batch import PackedBatch
-from ..flow import clean_from_velocity, gate
+from ..flow import clean_from_velocity
 from ..geometry import unpatchify
+from .pixel_space import (
+    JOINT,
+    ImageLoss,
+    KnownGradient,
+    PixelSpaceTerm,
+    PixelTerm,
+    SSIMTerm,
+    TargetImage,
+    _scale_gradient,
+    pixel_space_losses,
+)
 from .ssim import gaussian_window, ssim_per_image
 
 if TYPE_CHECKING:
     from .bagel import Bagel
+
+__all__ = ["PixelTerm", "SSIMTerm", "_scale_gradient"]  # the names that users import from here
 
 CE_CHUNK_TOKENS = 1024
 """Answer tokens whose logits (tokens x vocabulary, float32) exist at one time."""
@@ -37,18 +50,10 @@ class LossTerm:
     """Float32 scalar with its graph."""
     count: float
     """What the sum is divided by once it is global."""
-
-
-@dataclass(frozen=True)
-class TargetImage:
-    """One target image of a batch, its predicted clean latent and its truth."""
-
-    name: str
-    t: float
-    latent_pred: Tensor
-    """(Z, h, w) float32, with the graph of the predicted velocity."""
-    image_pm1: Tensor
-    """(3, H, W) ground truth in [-1, 1]."""
+    images: tuple[ImageLoss, ...] = ()
+    """The target images it saw."""
+    gradient: Tensor | None = None
+    """(M, D) float32 gradient of the sum at the predicted velocity; None unless asked for."""
 
 
 @dataclass
@@ -73,59 +78,46 @@ class StepOutputs:
             return []
         images, first = [], 0
         times = vae.times(self.model.config.timestep_shift)
+        # z_t - t v_pred, written so that an exact prediction gives exactly z0.
+        error = self.velocity_true - self.velocity_pred.detach()
         for i, (h, w) in enumerate(vae.grids):
             if not vae.is_target[i]:
                 continue
-            span = slice(first, first + h * w)
-            # z_t - t v_pred, written so that an exact prediction gives exactly z0.
-            error = self.velocity_true[span] - self.velocity_pred[span]
-            clean = clean_from_velocity(self.clean[span], -error, times[i])
-            images.append(
-                TargetImage(vae.names[i], times[i], unpatchify(clean, h, w, patch), vae.images[i])
-            )
+            tokens = slice(first, first + h * w)
+            clean = clean_from_velocity(self.clean[tokens], -error[tokens], times[i])
+            latent = unpatchify(clean, h, w, patch)
+            images.append(TargetImage(vae.names[i], times[i], tokens, latent, vae.images[i]))
             first += h * w
         return images
 
-    def decoded_01(self, max_t: float) -> list[tuple[TargetImage, Tensor]]:
-        """Images with t < max_t and their decoded predictions (3, H, W) float32 in [0, 1] scale.
 
-        Decodes every image at most once a step, same-size images together, nothing padded.
-        """
-        gated = [i for i, target in enumerate(self.target_images) if target.t < max_t]
-        missing: dict[torch.Size, list[int]] = defaultdict(list)
-        for i in gated:
-            if i not in self._decoded:
-                missing[self.target_images[i].latent_pred.shape].append(i)
-        for members in missing.values():
-            latents = torch.stack([self.target_images[i].latent_pred for i in members])
-            decoded = 0.5 * self.model.vae.decode(latents) + 0.5
-            self._decoded.update(zip(members, decoded, strict=True))
-        return [(self.target_images[i], self._decoded[i]) for i in gated]
-
-    @cached_property
-    def _decoded(self) -> dict[int, Tensor]:
-        return {}
-
-    def zero(self) -> Tensor:
-        """Exactly 0 and part of the graph, so that a step without images still has one."""
-        return (self.velocity_pred * 0).sum()
-
-
-class Term(Protocol):
-    """One loss. `count` is None when the batch has nothing for it: the term is then absent."""
+class TokenTerm:
+    """A loss of tokens."""
 
     name: str
-    needs_image: bool
 
-    def count(self, batch: PackedBatch, timestep_shift: float) -> float | None: ...
-    def total(self, out: StepOutputs) -> Tensor: ...
+    def count(self, batch: PackedBatch, timestep_shift: float) -> float | None:
+        """None when the batch has nothing for it: the term is then absent."""
+        raise NotImplementedError
+
+    def total(self, out: StepOutputs) -> Tensor:
+        raise NotImplementedError
+
+    def images(self, out: StepOutputs) -> tuple[ImageLoss, ...]:
+        return ()
+
+    def gradient(self, out: StepOutputs) -> Tensor | None:
+        """(M, D) gradient of the total at the predicted velocity, if it has any."""
+        return None
 
 
-class CrossEntropy:
+Term = TokenTerm | PixelSpaceTerm
+
+
+class CrossEntropy(TokenTerm):
     """-log p(label) of answer tokens, weighted; count: the sum of the weights."""
 
     name = "ce"
-    needs_image = False
 
     def count(self, batch: PackedBatch, timestep_shift: float) -> float | None:
         return batch.labels.total_weight if batch.labels is not None else None
@@ -154,125 +146,149 @@ class CrossEntropy:
         return (self.per_token(out) * out.batch.labels.weights).sum()
 
 
-class VelocityMSE:
+class VelocityMSE(TokenTerm):
     """Squared error of the velocity, mean over a token's D numbers; count: target tokens."""
 
     name = "mse"
-    needs_image = False
 
     def count(self, batch: PackedBatch, timestep_shift: float) -> float | None:
         return (batch.vae.num_target_tokens or None) if batch.vae is not None else None
 
-    def total(self, out: StepOutputs) -> Tensor:
-        return (out.velocity_pred - out.velocity_true).square().mean(dim=1).sum()
-
-
-def _gated_areas(batch: PackedBatch, timestep_shift: float, max_t: float) -> float | None:
-    """Pixels of the target images with t < max_t; None without any target image."""
-    if batch.vae is None or not any(batch.vae.is_target):
-        return None
-    times = batch.vae.times(timestep_shift)
-    targets = zip(batch.vae.images, batch.vae.is_target, times, strict=True)
-    return float(sum(x.shape[-2] * x.shape[-1] for x, target, t in targets if target and t < max_t))
-
-
-@dataclass(frozen=True)
-class PixelTerm:
-    """|x_pred - x|^power of decoded images in [0, 1]; count: elements of the gated images."""
-
-    power: int = 1
-    max_t: float = 0.3
-    name = "pixel"
-    needs_image = True
-
-    def __post_init__(self) -> None:
-        if self.power not in (1, 2):
-            raise ValueError(f"the pixel loss is L1 or L2, not L{self.power}")
-
-    def count(self, batch: PackedBatch, timestep_shift: float) -> float | None:
-        area = _gated_areas(batch, timestep_shift, self.max_t)
-        return None if area is None else 3 * area
+    def per_token(self, velocity_pred: Tensor, velocity_true: Tensor) -> Tensor:
+        """(M,)"""
+        return (velocity_pred - velocity_true).square().mean(dim=1)
 
     def total(self, out: StepOutputs) -> Tensor:
-        total = out.zero()
-        for target, pred_01 in out.decoded_01(self.max_t):
-            error = (pred_01 - (0.5 * target.image_pm1 + 0.5)).abs() ** self.power
-            total = total + gate(target.t, self.max_t) * error.sum()
-        return total
+        return self.per_token(out.velocity_pred, out.velocity_true).sum()
 
+    def images(self, out: StepOutputs) -> tuple[ImageLoss, ...]:
+        per_token = self.per_token(out.velocity_pred.detach(), out.velocity_true)
+        return tuple(
+            ImageLoss(image, 1.0, per_token[image.tokens].mean()) for image in out.target_images
+        )
 
-@dataclass(frozen=True)
-class SSIMTerm:
-    """Area times (1 - SSIM) of decoded images; count: pixels of the gated images.
-
-    `grad_scale` multiplies the gradient between SSIM and decoder; for the gradient it is the same
-    as the weight, only the logged value differs.
-    """
-
-    max_t: float = 0.1
-    window_size: int = 11
-    grad_scale: float = 0.1
-    name = "ssim"
-    needs_image = True
-
-    def __post_init__(self) -> None:
-        if self.window_size < 1 or self.window_size % 2 == 0:
-            raise ValueError(f"ssim_window_size={self.window_size} must be odd and positive")
-
-    def count(self, batch: PackedBatch, timestep_shift: float) -> float | None:
-        return _gated_areas(batch, timestep_shift, self.max_t)
-
-    def total(self, out: StepOutputs) -> Tensor:
-        total = out.zero()
-        for target, pred_01 in out.decoded_01(self.max_t):
-            scaled = _scale_gradient(pred_01, self.grad_scale)
-            truth = 0.5 * target.image_pm1 + 0.5
-            ssim = ssim_per_image(scaled[None], truth[None], window_size=self.window_size)[0]
-            area = pred_01.shape[-2] * pred_01.shape[-1]
-            total = total + gate(target.t, self.max_t) * area * (1 - ssim)
-        return total
+    def gradient(self, out: StepOutputs) -> Tensor:
+        error = out.velocity_pred.detach() - out.velocity_true
+        return 2 / error.shape[1] * error
 
 
 class LossSet:
-    """The configured terms, in order. Adding a loss: one class, one argument."""
+    """The configured terms, in order. Adding a loss: one class, one argument.
 
-    def __init__(self, terms: tuple[Term, ...] = (CrossEntropy(), VelocityMSE())) -> None:
+    Pixel-space terms share one decode of `chunk_size` images at a time; `adaptive_chunk` replaces
+    that number by 1, 2 or 4 for large, medium and small images.
+
+    `balance` rescales the gradient of all pixel-space terms at the predicted velocity so that its
+    norm is `balance` times that of the velocity's squared error (the idea of the adaptive weight
+    in Esser et al. 2021, VQGAN). Norms are those of the batch on all ranks: `all_reduce` sums a
+    tensor over them.
+    """
+
+    def __init__(
+        self,
+        terms: tuple[Term, ...] = (CrossEntropy(), VelocityMSE()),
+        chunk_size: int = 2,
+        adaptive_chunk: bool = True,
+        balance: float | None = None,
+        all_reduce: Callable[[Tensor], Tensor] = lambda norms: norms,
+    ) -> None:
+        self.token_terms = [term for term in terms if isinstance(term, TokenTerm)]
+        self.pixel_terms = [term for term in terms if isinstance(term, PixelSpaceTerm)]
         self.terms = terms
+        self.chunk_size, self.adaptive_chunk = chunk_size, adaptive_chunk
+        self.balance, self.all_reduce = balance, all_reduce
 
     @property
     def needs_image(self) -> bool:
         """The one rule that says whether a run needs the VAE decoder."""
-        return any(term.needs_image for term in self.terms)
+        return bool(self.pixel_terms)
 
     def counts(self, batch: PackedBatch, timestep_shift: float) -> dict[str, float]:
         """Count of every term that the batch has something for, without touching a device."""
         counts = {term.name: term.count(batch, timestep_shift) for term in self.terms}
         return {name: count for name, count in counts.items() if count is not None}
 
-    def __call__(self, out: StepOutputs) -> dict[str, LossTerm]:
+    def __call__(
+        self, out: StepOutputs, scales: Mapping[str, float] | None = None, observe: bool = False
+    ) -> dict[str, LossTerm]:
+        """Terms of a batch by name, absent where it has nothing for them.
+
+        `scales` are the factors (weight / global count) by which the caller will multiply the
+        sums before adding them up; with them several pixel-space terms share one backward through
+        the decoder. `observe` keeps each term's gradient at the predicted velocity, which takes a
+        backward of its own.
+        """
         counts = self.counts(out.batch, out.model.config.timestep_shift)
         with torch.autocast(out.hidden.device.type, enabled=False):
-            return {
-                term.name: LossTerm(term.total(out), counts[term.name])
-                for term in self.terms
+            terms = {
+                term.name: LossTerm(
+                    term.total(out),
+                    counts[term.name],
+                    term.images(out),
+                    term.gradient(out) if observe else None,
+                )
+                for term in self.token_terms
                 if term.name in counts
             }
+            if self.pixel_terms:
+                terms |= self._pixel_space(out, counts, scales, observe)
+        return terms
 
+    def _pixel_space(
+        self,
+        out: StepOutputs,
+        counts: Mapping[str, float],
+        scales: Mapping[str, float] | None,
+        observe: bool,
+    ) -> dict[str, LossTerm]:
+        terms = [term for term in self.pixel_terms if term.name in counts]
+        names = [term.name for term in terms]
+        joint = scales if len(terms) > 1 and not observe else None
+        losses = pixel_space_losses(
+            out.model.vae,
+            out.target_images,
+            terms,
+            out.velocity_pred,
+            out.model.config.latent_patch_size,
+            self.chunk_size,
+            self.adaptive_chunk,
+            joint,
+        )
+        gradients = losses.gradients
+        if self.balance is not None:
+            factor = self._balance_factor(out, gradients, scales)
+            gradients = {key: factor * gradient for key, gradient in gradients.items()}
+        if not terms:
+            return {}
+        sums = KnownGradient.apply(
+            out.velocity_pred,
+            torch.stack(list(losses.sums.values())),
+            torch.stack(list(gradients.values())),
+            out.velocity_pred.new_tensor([joint[name] for name in names]) if joint else None,
+        )
+        return {
+            name: LossTerm(
+                sums[k],
+                counts[name],
+                tuple(losses.images[name]),
+                gradients[name] if observe else None,
+            )
+            for k, name in enumerate(names)
+        }
 
-class _GradientScale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.scale, None
-
-
-def _scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """Identity whose gradient is multiplied by `scale`."""
-    return x if scale == 1 else _GradientScale.apply(x, scale)
+    def _balance_factor(
+        self, out: StepOutputs, gradients: Mapping[str, Tensor], scales: Mapping[str, float] | None
+    ) -> Tensor:
+        """Scalar, 0 where there is no gradient to rescale. Every rank enters its collective."""
+        if scales is None:
+            raise ValueError("pixel_space_balance: pass the scales of the sums to the forward")
+        mse = scales.get("mse", 0.0) * VelocityMSE().gradient(out)
+        own = torch.zeros_like(mse)
+        for key, gradient in gradients.items():
+            own += gradient if key == JOINT else scales[key] * gradient
+        squares = self.all_reduce(torch.stack([own.square().sum(), mse.square().sum()]))
+        own_norm, mse_norm = squares.sqrt()
+        return torch.where(own_norm > 0, self.balance * mse_norm / own_norm, 0.0)
 
 
 def _gaussian_window(window_size: int, sigma: float = 1.5) -> Tensor:

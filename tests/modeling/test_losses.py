@@ -1,6 +1,7 @@
 """The contracts of the loss terms, each against a literal re-computation."""
 
 import dataclasses
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -16,9 +17,12 @@ from modeling.bagel.bagel import Bagel
 from modeling.bagel.losses import (
     CrossEntropy,
     LossSet,
+    LossTerm,
+    PixelSpaceTerm,
     PixelTerm,
     SSIMTerm,
     StepOutputs,
+    TokenTerm,
     VelocityMSE,
     _gaussian_window,
     _scale_gradient,
@@ -147,29 +151,38 @@ def test_cross_entropy_in_chunks_is_cross_entropy(model, batch):
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-6)
 
 
+def with_velocity(out: StepOutputs, velocity_pred: Tensor) -> StepOutputs:
+    """A new record, so that nothing of the old prediction is remembered."""
+    return dataclasses.replace(out, velocity_pred=velocity_pred)
+
+
+def term_of(term: TokenTerm | PixelSpaceTerm, out: StepOutputs, **settings: Any) -> LossTerm:
+    return LossSet((term,))(out, **settings)[term.name]
+
+
 def test_exact_prediction_leaves_the_autoencoders_reconstruction(model, batch):
     out = model.step_outputs(batch)
-    out = dataclasses.replace(out, velocity_pred=out.velocity_true.clone().requires_grad_())
+    out = with_velocity(out, out.velocity_true.clone().requires_grad_())
     z0 = out.clean.split([h * w for h, w in batch.vae.grids[1::2]])
     grids = [
         grid for grid, target in zip(batch.vae.grids, batch.vae.is_target, strict=True) if target
     ]
     reconstruction = {}
     for target, tokens, (h, w) in zip(out.target_images, z0, grids, strict=True):
-        assert torch.equal(target.latent_pred, unpatchify(tokens, h, w, 2))
-        reconstruction[target.name] = model.vae.decode(target.latent_pred[None])[0]
+        assert torch.equal(target.latent, unpatchify(tokens, h, w, 2))
+        reconstruction[target.name] = model.vae.decode(target.latent[None])[0]
     expected = sum(
         gate(t.t, 0.3) * (0.5 * (reconstruction[t.name] - t.image_pm1)).abs().sum()
         for t in out.target_images
     )
-    torch.testing.assert_close(PixelTerm(1, 0.3).total(out), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(term_of(PixelTerm(1, 0.3), out).sum, expected, rtol=1e-5, atol=0)
 
 
 def test_gradient_scale_changes_the_gradient_alone(model, batch):
     found = {}
     for scale in (1.0, 0.1):
         out = model.step_outputs(batch)
-        total = SSIMTerm(0.2, 11, scale).total(out)
+        total = term_of(SSIMTerm(0.2, 11, scale), out).sum
         found[scale] = total.item(), torch.autograd.grad(total, out.velocity_pred)[0]
     assert found[1.0][0] == found[0.1][0]
     assert found[1.0][1].norm() > 1e-3
@@ -279,7 +292,7 @@ def test_decoded_images_are_float32_in_a_bfloat16_model(batch):
     model = tiny_model().to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         out = model.step_outputs(batch)
-        image = model.vae.decode(out.target_images[0].latent_pred[None])
+        image = model.vae.decode(out.target_images[0].latent[None])
     assert image.dtype == torch.float32
     assert (image != image.bfloat16().float()).float().mean() > 0.9
     assert {t.sum.dtype for t in ALL(out).values()} == {torch.float32}
@@ -287,12 +300,12 @@ def test_decoded_images_are_float32_in_a_bfloat16_model(batch):
 
 def test_checkpointed_decoder_levels_give_the_same_gradient(model, batch):
     found = []
-    for levels in (0, 2):
-        model.vae.decoder.checkpointed_levels = levels
+    for pixels in (2**18, 1):
+        model.vae.decoder.checkpoint_pixels = pixels
         out = model.step_outputs(batch)
-        total = PixelTerm(2, 0.3).total(out)
+        total = term_of(PixelTerm(2, 0.3), out).sum
         found.append((total.detach(), torch.autograd.grad(total, out.velocity_pred)[0]))
-    model.vae.decoder.checkpointed_levels = 0
+    model.vae.decoder.checkpoint_pixels = 2**18
     torch.testing.assert_close(*found, rtol=1e-6, atol=0)
 
 

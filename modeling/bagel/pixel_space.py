@@ -1,0 +1,268 @@
+"""Losses on decoded images, differentiated where they are computed.
+
+A pixel-space loss is a scalar function of the predicted velocity, and its denominator is known from
+the batch. So a few images at a time are decoded, compared and differentiated in the forward pass,
+and the decoder's activations are gone before the next ones: memory does not grow with the number of
+images, and the gradient at the predicted velocity is there to be looked at.
+
+Shape legend: B images of one size, C channels, H and W pixels, K terms, M target tokens,
+D numbers in a latent token, Z latent channels.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..autoencoder import Autoencoder
+from ..batch import PackedBatch
+from ..flow import gate
+from ..geometry import patchify
+from .ssim import ssim_per_image
+
+ADAPTIVE_CHUNKS = ((1024 * 1024, 1), (512 * 512, 2), (0, 4))
+"""Images decoded at once, by the least number of pixels of each."""
+JOINT = "joint"
+"""Key of the gradient that all terms share."""
+
+
+@dataclass(frozen=True)
+class TargetImage:
+    """One target image of a batch and its predicted clean latent."""
+
+    name: str
+    t: float
+    tokens: slice
+    """Its rows among the M target tokens."""
+    latent: Tensor
+    """(Z, h, w) float32 predicted clean latent, without a graph."""
+    image_pm1: Tensor
+    """(3, H, W) ground truth in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class ImageLoss:
+    """What a term saw of one image."""
+
+    image: TargetImage
+    gate: float
+    loss: Tensor
+    """Float32 scalar, mean over the image, before the gate."""
+    clamped_share: Tensor | None = None
+    """Share of the elements of the gradient at the decoded image that the clamp has cut."""
+
+
+class PixelSpaceTerm:
+    """A loss of decoded images with t < max_t, weighted by the gate.
+
+    Its count is the number of elements (pixels, or pixels times channels) of those images.
+    """
+
+    name: str
+    max_t: float
+    elements_per_pixel: int
+
+    def losses(self, pred_01: Tensor, true_01: Tensor) -> Tensor:
+        """(B,) sums over the elements of (B, 3, H, W) images, before the gate."""
+        raise NotImplementedError
+
+    def gradient_limit(self) -> float | None:
+        """Largest absolute gradient that `losses` lets through at an element of the image."""
+        return None
+
+    def count(self, batch: PackedBatch, timestep_shift: float) -> float | None:
+        """None without any target image, 0 when none is gated."""
+        if batch.vae is None or not any(batch.vae.is_target):
+            return None
+        times = batch.vae.times(timestep_shift)
+        targets = zip(batch.vae.images, batch.vae.is_target, times, strict=True)
+        gated = [x.shape[-2] * x.shape[-1] for x, target, t in targets if target and t < self.max_t]
+        return float(self.elements_per_pixel * sum(gated))
+
+
+@dataclass(frozen=True)
+class PixelTerm(PixelSpaceTerm):
+    """|x_pred - x|^power of decoded images in [0, 1]; count: elements of the gated images."""
+
+    power: int = 1
+    max_t: float = 0.3
+    name = "pixel"
+    elements_per_pixel = 3
+
+    def __post_init__(self) -> None:
+        if self.power not in (1, 2):
+            raise ValueError(f"the pixel loss is L1 or L2, not L{self.power}")
+
+    def losses(self, pred_01: Tensor, true_01: Tensor) -> Tensor:
+        return ((pred_01 - true_01).abs() ** self.power).sum((1, 2, 3))
+
+
+@dataclass(frozen=True)
+class SSIMTerm(PixelSpaceTerm):
+    """Area times (1 - SSIM) of decoded images; count: pixels of the gated images.
+
+    Between decoder and SSIM the gradient of area times (1 - SSIM), a local quantity that does not
+    depend on the size of the image, is clamped per element to [-grad_clamp, grad_clamp] and
+    multiplied by `grad_scale`; values are untouched. For the gradient `grad_scale` is the same as
+    the weight.
+    """
+
+    max_t: float = 0.1
+    window_size: int = 11
+    grad_scale: float = 0.1
+    grad_clamp: float | None = None
+    compiled: bool = False
+    name = "ssim"
+    elements_per_pixel = 1
+
+    def __post_init__(self) -> None:
+        if self.window_size < 1 or self.window_size % 2 == 0:
+            raise ValueError(f"ssim_window_size={self.window_size} must be odd and positive")
+
+    def losses(self, pred_01: Tensor, true_01: Tensor) -> Tensor:
+        pred_01 = _scale_gradient(pred_01, self.grad_scale, self.grad_clamp)
+        ssim = ssim_per_image(
+            pred_01, true_01, window_size=self.window_size, compiled=self.compiled
+        )
+        return pred_01.shape[-2] * pred_01.shape[-1] * (1 - ssim)
+
+    def gradient_limit(self) -> float | None:
+        return None if self.grad_clamp is None else self.grad_clamp * self.grad_scale
+
+
+class _GradientScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, clamp: float | None) -> Tensor:
+        ctx.scale, ctx.clamp = scale, clamp
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.clamp is not None:
+            grad = grad.clamp(-ctx.clamp, ctx.clamp)
+        return grad * ctx.scale, None, None
+
+
+def _scale_gradient(x: Tensor, scale: float, clamp: float | None = None) -> Tensor:
+    """Identity whose gradient is clamped to [-clamp, clamp] and then multiplied by `scale`."""
+    return x if scale == 1 and clamp is None else _GradientScale.apply(x, scale, clamp)
+
+
+@dataclass(frozen=True)
+class PixelSpaceLosses:
+    """The terms of one batch."""
+
+    sums: dict[str, Tensor]
+    """Float32 scalars without a graph."""
+    images: dict[str, list[ImageLoss]]
+    gradients: dict[str, Tensor]
+    """(M, D) gradient of each sum at the predicted velocity, or, under `JOINT`, that of
+    sum(scale * sum)."""
+
+
+def pixel_space_losses(
+    vae: Autoencoder,
+    targets: Sequence[TargetImage],
+    terms: Sequence[PixelSpaceTerm],
+    velocity_pred: Tensor,
+    patch: int,
+    chunk_size: int = 2,
+    adaptive_chunk: bool = True,
+    scales: Mapping[str, float] | None = None,
+) -> PixelSpaceLosses:
+    """Decodes every image that a term gates, once and at its own size, and takes the gradients.
+
+    `velocity_pred` (M, D) float32 is what `targets` were predicted with; gradients are taken if it
+    has a graph. With `scales` all terms share one backward through the decoder.
+    """
+    names = [term.name for term in terms]
+    losses = PixelSpaceLosses(
+        sums={name: velocity_pred.new_zeros(()) for name in names},
+        images={name: [] for name in names},
+        gradients={
+            key: torch.zeros_like(velocity_pred, requires_grad=False)
+            for key in ([JOINT] if scales else names)
+        },
+    )
+    differentiate = velocity_pred.requires_grad and torch.is_grad_enabled()
+    gated = [target for target in targets if any(target.t < term.max_t for term in terms)]
+    for chunk in _chunks(gated, chunk_size, adaptive_chunk):
+        latents = torch.stack([target.latent for target in chunk]).requires_grad_(differentiate)
+        true_01 = 0.5 * torch.stack([target.image_pm1 for target in chunk]) + 0.5
+        decoded_01 = 0.5 * vae.decode(latents) + 0.5
+        pred_01 = decoded_01.detach().requires_grad_(differentiate)
+        at_image: dict[str, Tensor] = {}
+        for term in terms:
+            gates = [gate(target.t, term.max_t) for target in chunk]
+            if not any(gates):
+                continue
+            weights = true_01.new_tensor(gates)
+            per_image = term.losses(pred_01, true_01)
+            losses.sums[term.name].add_((weights * per_image.detach()).sum())
+            cut = None
+            if differentiate:
+                (gradient,) = torch.autograd.grad(per_image.sum(), pred_01)
+                if (limit := term.gradient_limit()) is not None:
+                    cut = (gradient.abs() >= limit).float().mean((1, 2, 3))
+                weighted = weights[:, None, None, None] * gradient
+                if scales:
+                    at_image[JOINT] = at_image.get(JOINT, 0.0) + scales[term.name] * weighted
+                else:
+                    at_image[term.name] = weighted
+            means = per_image.detach() / (term.elements_per_pixel * true_01[0, 0].numel())
+            losses.images[term.name] += [
+                ImageLoss(target, gates[i], means[i], None if cut is None else cut[i])
+                for i, target in enumerate(chunk)
+                if gates[i] > 0
+            ]
+        for n, (key, gradient) in enumerate(at_image.items(), 1):
+            keep = n < len(at_image)
+            (at_latents,) = torch.autograd.grad(decoded_01, latents, gradient, retain_graph=keep)
+            for target, at_latent in zip(chunk, at_latents, strict=True):
+                # The clean latent is z_t - t v.
+                losses.gradients[key][target.tokens] = -target.t * patchify(at_latent, patch)
+    return losses
+
+
+def _chunks(
+    targets: Sequence[TargetImage], chunk_size: int, adaptive: bool
+) -> Iterator[list[TargetImage]]:
+    """Images of one size at a time, as many as may be decoded at once."""
+    by_size: dict[torch.Size, list[TargetImage]] = defaultdict(list)
+    for target in targets:
+        by_size[target.image_pm1.shape].append(target)
+    for (_, height, width), members in by_size.items():
+        if adaptive:
+            chunk_size = next(n for least, n in ADAPTIVE_CHUNKS if height * width >= least)
+        for first in range(0, len(members), chunk_size):
+            yield members[first : first + chunk_size]
+
+
+class KnownGradient(torch.autograd.Function):
+    """(K,) sums whose gradients at the predicted velocity were computed together with them.
+
+    `gradients` (K, M, D); or (1, M, D), the gradient of sum(scales * sums), which is all that a
+    caller may then differentiate: anything else fails in backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, velocity: Tensor, sums: Tensor, gradients: Tensor, scales: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(gradients, scales)
+        return sums.clone()
+
+    @staticmethod
+    def backward(ctx: Any, by_sums: Tensor) -> tuple[Tensor, None, None, None]:
+        gradients, scales = ctx.saved_tensors
+        if scales is not None:
+            shares = by_sums / scales
+            same = (shares - shares[0]).abs() <= 1e-4 * shares[0].abs()
+            torch._assert_async(same.all(), "sums are to be weighted by the scales given")
+            by_sums = shares[:1]
+        return torch.einsum("k,kmd->md", by_sums, gradients), None, None, None
