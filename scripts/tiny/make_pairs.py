@@ -27,8 +27,17 @@ from scripts.tiny.images import (
     training_slices,
 )
 
-NOISE = {0.05: "Mild noise.", 0.08: "Moderate noise.", 0.12: "Strong noise."}
-BLUR = {2: "Low resolution, factor two.", 4: "Low resolution, factor four."}
+NOISE = {
+    0.05: "Mild noise.",
+    0.08: "Moderate noise.",
+    0.12: "Strong noise.",
+    0.2: "Very strong noise.",
+}
+BLUR = {
+    2: "Low resolution, factor two.",
+    4: "Low resolution, factor four.",
+    8: "Low resolution, factor eight.",
+}
 TEST_SIGMA, TEST_FACTOR = 0.08, 4
 INSTRUCTIONS = {"denoising": "Remove the noise.", "super-resolution": "Increase the resolution."}
 RULES = {
@@ -70,7 +79,13 @@ def _record(folder: Path, name: str, clean_01: np.ndarray, degraded: tuple, data
 
 
 def training_records(
-    folder: Path, count: int, others_share: float, seed: int, varied: bool
+    folder: Path,
+    count: int,
+    others_share: float,
+    seed: int,
+    varied: bool,
+    sigma: float = TEST_SIGMA,
+    factor: int = TEST_FACTOR,
 ) -> list[dict]:
     """Half noise, half low resolution; `varied` draws other severities for a part of them."""
     rng = np.random.default_rng(seed)
@@ -84,19 +99,21 @@ def training_records(
             dataset, clean = "icbm152", augment(slices[rng.integers(len(slices))], rng)
         main = not varied or rng.random() < 0.7
         if i % 2:
-            degraded = super_resolution(clean, TEST_FACTOR if main else 2)
+            degraded = super_resolution(clean, factor if main else 2)
         else:
-            sigma = TEST_SIGMA if main else float(rng.choice([0.05, 0.12]))
-            degraded = denoising(clean, sigma, rng)
+            drawn = sigma if main else float(rng.choice([0.05, 0.12]))
+            degraded = denoising(clean, drawn, rng)
         records.append(_record(folder, f"train/{i:05d}", clean, degraded, dataset))
     return records
 
 
-def test_records(folder: Path, every: int) -> list[dict]:
+def test_records(
+    folder: Path, every: int, sigma: float = TEST_SIGMA, factor: int = TEST_FACTOR
+) -> list[dict]:
     rng = np.random.default_rng(152)
     degrade: list[Callable[[np.ndarray], tuple]] = [
-        lambda clean: denoising(clean, TEST_SIGMA, rng),
-        lambda clean: super_resolution(clean, TEST_FACTOR),
+        lambda clean: denoising(clean, sigma, rng),
+        lambda clean: super_resolution(clean, factor),
     ]
     return [
         _record(folder, f"test/{i:03d}_{j}", clean, make(clean), "icbm152")
@@ -113,10 +130,15 @@ def main() -> None:
     parser.add_argument("--others", type=float, default=0.0, help="share of other modalities")
     parser.add_argument("--varied", action="store_true", help="several severities in training")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--sigma", type=float, default=TEST_SIGMA, choices=NOISE)
+    parser.add_argument("--factor", type=int, default=TEST_FACTOR, choices=BLUR)
     args = parser.parse_args()
+    severity = args.sigma, args.factor
     sets = {
-        "train": training_records(args.out, args.train, args.others, args.seed, args.varied),
-        "test": test_records(args.out, args.test_every),
+        "train": training_records(
+            args.out, args.train, args.others, args.seed, args.varied, *severity
+        ),
+        "test": test_records(args.out, args.test_every, *severity),
     }
     for name, records in sets.items():
         lines = "".join(json.dumps(record) + "\n" for record in records)

@@ -305,3 +305,72 @@ def test_the_entry_point(checkpoint, mixture, tmp_path, capsys):
     assert saved["sources"]["lr"] == "command line" and saved["arguments"] == args.flat()
     out = capsys.readouterr().out
     assert "loaded MODEL weights from" in out and "total_steps" in out
+
+
+def test_telemetry_of_a_step(checkpoint, mixture, tmp_path, capsys, monkeypatch):
+    """Norm and largest element of each weighted term's gradient at the velocity, by autograd."""
+    monkeypatch.setenv("SSIM_LOSS_DEBUG", "1")
+    settings = {"mse_weight": 2.0, "ssim_grad_clamp": 0.5, "pixel_space_max_ratio": 1e-6}
+    args = run_arguments(checkpoint, mixture, tmp_path, **PIXEL_SPACE, **settings)
+    trainer = build_trainer(args)
+    times = {"a": 0.1, "b": 0.5, "c": 1.0}
+    batch = pack(trainer.model.config, *(restoration(n) for n in times), times=times)
+    out = trainer.model.step_outputs(batch)
+    velocity = out.velocity_pred.detach().requires_grad_()
+    terms = trainer.model.losses(dataclasses.replace(out, velocity_pred=velocity))
+    with Metrics(tmp_path / "m.jsonl", 0, 1) as metrics:
+        trainer.train_step(iter([batch]), metrics)
+        line = metrics.log(1)
+    trainer.telemetry.end_window(line)
+    norms = {}
+    for name, weight in {"mse": 2.0, "pixel": 0.5, "ssim": 0.5}.items():
+        total = weight * terms[name].sum / terms[name].count
+        (gradient,) = torch.autograd.grad(total, velocity, retain_graph=True)
+        norms[name] = gradient.norm().item()
+        assert line[f"{name}_grad_norm"] == pytest.approx(norms[name], rel=1e-4)
+        assert line[f"{name}_grad_max"] == pytest.approx(gradient.abs().max().item(), rel=1e-4)
+    assert line["ssim_grad_ratio"] == pytest.approx(norms["ssim"] / norms["mse"], rel=1e-4)
+    # t = 1 is outside of both gates.
+    assert (line["ssim_images"], line["ssim_share"]) == (2, pytest.approx(2 / 3))
+    printed = capsys.readouterr().out.splitlines()
+    lines = [text for text in printed if text.startswith("SSIM_LOSS_DEBUG")]
+    assert len(lines) == 2 and not any("PIXEL_LOSS_DEBUG" in text for text in printed)
+    for text, image in zip(lines, terms["ssim"].images, strict=True):
+        t, ssim = image.image.t, 1 - image.loss.item()
+        start = f"SSIM_LOSS_DEBUG step 0 rank 0 {image.image.name} 16x24 t {t:.4f} gate {1 - t:.4f}"
+        assert text.startswith(f"{start} ssim {ssim:.6f} grad_norm ")
+        assert float(text.split("clamped ")[1].rstrip("%")) > 0
+    warnings = [text for text in printed if "times that of mse" in text]
+    assert [w.split()[2] for w in warnings] == ["pixel", "ssim"]
+
+
+def test_a_term_that_sees_no_image_is_warned_of(checkpoint, mixture, tmp_path, capsys):
+    settings = {"ssim_loss_weight": 0.1, "ssim_loss_max_t": 0.1, "pixel_space_unseen_steps": 2}
+    trainer = build_trainer(run_arguments(checkpoint, mixture, tmp_path, **settings))
+    late, early = (
+        pack(trainer.model.config, restoration("a"), times={"a": t}) for t in (0.9, 0.05)
+    )
+    shown = []
+    for batch in (late, late, late, early, late, late):
+        with Metrics(tmp_path / "m.jsonl", 0, 1) as metrics:
+            trainer.train_step(iter([batch]), metrics)
+            shown.append("ssim_grad_ratio" in metrics.log(1))
+    printed = [x for x in capsys.readouterr().out.splitlines() if x.startswith("WARNING: ssim")]
+    assert len(printed) == 2 and "has seen no image for 2 steps" in printed[0]
+    assert shown == [False, False, False, True, False, False]
+
+
+def test_two_terms_are_looked_at_once_in_a_log_window(checkpoint, mixture, tmp_path):
+    """Each look costs a backward through the decoder; a single term's is free."""
+    both = {**PIXEL_SPACE, "log_every": 3}
+    for settings, expected in ((both, [1, 0, 0, 1]), ({"ssim_loss_weight": 1.0}, [1] * 4)):
+        args = run_arguments(checkpoint, mixture, tmp_path / str(len(settings)), **settings)
+        trainer = build_trainer(args)
+        batch = pack(trainer.model.config, restoration("a"), times={"a": 0.05})
+        looked = []
+        for step in range(4):
+            counts = trainer.global_counts([batch])
+            looked.append(trainer.telemetry.begin_step(counts, dict.fromkeys(counts, 1.0)))
+            if step == 2:
+                trainer.telemetry.end_window({})
+        assert looked == [bool(n) for n in expected]

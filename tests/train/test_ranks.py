@@ -1,0 +1,158 @@
+"""Losses do not depend on how samples fall on ranks and micro-batches; faults stop all ranks."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.packer import Sample, TextSegment
+from modeling.bagel.bagel import Bagel
+from modeling.batch import PackedBatch
+from tests.helpers import pack, restoration, run_arguments
+from tests.ranks import run_on_ranks
+from train.build import build_trainer
+from train.metrics import Metrics
+from train.trainer import NonFiniteError, Trainer
+
+TIMES = {"a": 0.1, "b": 0.29, "c": 0.02, "d": 0.15, "e": 0.8, "f": 0.9}
+SIZES = {"a": (16, 24), "b": (24, 16), "c": (16, 24), "d": (12, 20), "e": (20, 20), "f": (16, 16)}
+SETTINGS: dict[str, Any] = {
+    "pixel_loss_weight": 0.5,
+    "pixel_loss_type": "l2",
+    "pixel_loss_max_t": 0.3,
+    "ssim_loss_weight": 0.7,
+    "ssim_loss_max_t": 0.2,
+    "max_grad_norm": 1e9,
+}
+CASES: dict[str, dict[str, Any]] = {"weights": {}, "balanced": {"pixel_space_balance": 0.3}}
+NAMES = ("ce", "mse", "pixel", "ssim")
+
+
+def batch_of(model: Bagel, names: str) -> PackedBatch:
+    """One pack of the named samples; `t` is a sample of text alone."""
+    text = Sample("t", [TextSegment(ids=[1, 2]), TextSegment(ids=[5, 6, 7], answer=True)])
+    samples = [text if name == "t" else restoration(name, SIZES[name]) for name in names]
+    return pack(model.config, *samples, times=TIMES if set(names) - {"t"} else None)
+
+
+def one_step(trainer: Trainer, folder: Path, *packs: PackedBatch) -> dict[str, Any]:
+    """Gradients of this rank, and (sum, count) of every term that it saw."""
+    trainer.args.training.gradient_accumulation_steps = len(packs)
+    with Metrics(folder / "metrics.jsonl", 0, 1) as metrics:
+        trainer.train_step(iter(packs), metrics)
+        seen = {n: (float(metrics.sums[n]), metrics.counts[n]) for n in NAMES if n in metrics.sums}
+        line = metrics.log(1)
+    parameters = trainer.model.named_parameters()
+    return {
+        "terms": seen,
+        "line": line,
+        "gradients": {n: p.grad.clone() for n, p in parameters if p.grad is not None},
+    }
+
+
+def on_rank(
+    rank: int, checkpoint: Path, mixture: Path, folder: Path, packs: list[list[str]], more: dict
+) -> dict[str, Any]:
+    args = run_arguments(checkpoint, mixture, folder / str(rank), **SETTINGS | more)
+    trainer = build_trainer(args)
+    mine = [batch_of(trainer.model, names) for names in packs[rank]]
+    return one_step(trainer, folder / str(rank), *mine)
+
+
+def summed(results: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Global losses and gradients of what the ranks found."""
+    losses = {}
+    for name in NAMES:
+        pairs = [r["terms"][name] for r in results if name in r["terms"]]
+        losses[name] = sum(s for s, _ in pairs) / sum(c for _, c in pairs)
+    gradients: dict[str, Tensor] = {}
+    for result in results:
+        for name, gradient in result["gradients"].items():
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient
+    return losses, gradients
+
+
+def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    losses, gradients = summed(found)
+    right_losses, right_gradients = summed(expected)
+    assert losses == pytest.approx(right_losses, rel=1e-6)
+    assert gradients.keys() == right_gradients.keys()
+    for name, gradient in gradients.items():
+        error = (gradient - right_gradients[name]).norm()
+        assert error <= 2e-5 * right_gradients[name].norm() + 1e-7, name
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint, mixture, tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
+    """The step in one process and one pack, by the weights and balanced."""
+    folder = tmp_path_factory.mktemp("whole")
+    found = {}
+    for case, more in CASES.items():
+        found[case] = [on_rank(0, checkpoint, mixture, folder / case, [["abcdeftt"]], more)]
+    return found
+
+
+@pytest.mark.parametrize("packs", [["abcdef", "tt"], ["abc", "deftt"], ["a", "tb", "cdt", "ef"]])
+def test_micro_batches_change_neither_loss_nor_gradient(
+    checkpoint, mixture, tmp_path, whole, packs
+):
+    assert_same([on_rank(0, checkpoint, mixture, tmp_path, [packs], {})], whole["weights"])
+
+
+def test_two_ranks_with_two_micro_batches(checkpoint, mixture, tmp_path, whole):
+    packs = [["abc", "tt"], ["d", "ef"]]
+    common = (checkpoint, mixture, tmp_path, packs, {})
+    assert_same(run_on_ranks(2, on_rank, tmp_path / "ranks", *common), whole["weights"])
+
+
+def both_cases(rank: int, *common: Any) -> dict[str, dict[str, Any]]:
+    checkpoint, mixture, folder, packs = common
+    return {
+        case: on_rank(rank, checkpoint, mixture, folder / case, packs, more)
+        for case, more in CASES.items()
+    }
+
+
+def test_a_rank_without_gated_images_and_one_without_images(checkpoint, mixture, tmp_path, whole):
+    common = (checkpoint, mixture, tmp_path, [["abcd"], ["ef"], ["tt"]])
+    by_rank = run_on_ranks(3, both_cases, tmp_path / "ranks", *common)
+    for case in CASES:
+        results, (expected,) = [found[case] for found in by_rank], whole[case]
+        assert_same(results, [expected])
+        for result in results:
+            for name in ("mse", "pixel", "ssim"):
+                for kind in ("grad_norm", "grad_max"):
+                    right = pytest.approx(expected["line"][f"{name}_{kind}"], rel=1e-4)
+                    assert result["line"][f"{name}_{kind}"] == right
+
+
+def nan_on_rank_one(rank: int, checkpoint: Path, mixture: Path, folder: Path) -> tuple[str, bool]:
+    """The error that this rank raises, and whether nothing has moved there."""
+    trainer = build_trainer(run_arguments(checkpoint, mixture, folder / str(rank), **SETTINGS))
+    before = {n: v.clone() for n, v in trainer.model.state_dict().items()}
+    batch = batch_of(trainer.model, "ab" if rank == 1 else "cd")
+    if rank == 1:
+        images = [image.clone() for image in batch.vae.images]
+        images[1][0, 0, 0] = torch.nan
+        batch = dataclasses.replace(batch, vae=dataclasses.replace(batch.vae, images=tuple(images)))
+    with pytest.raises(NonFiniteError) as caught:
+        one_step(trainer, folder / str(rank), batch)
+    untouched = all(torch.equal(v, before[n]) for n, v in trainer.model.state_dict().items())
+    empty = not trainer.optimizer.state_dict()["state"] and trainer.schedule.last_epoch == 0
+    assert dist.get_rank() == rank
+    return str(caught.value), untouched and empty
+
+
+def test_a_nan_image_stops_the_step_on_all_ranks(checkpoint, mixture, tmp_path):
+    common = (checkpoint, mixture, tmp_path)
+    (first, still), (second, moved) = run_on_ranks(2, nan_on_rank_one, tmp_path / "r", *common)
+    assert first == second and still and moved
+    guilty = first.split(" | ")[1]
+    assert guilty.startswith("rank 1: gradient norm nan, non-finite terms")
+    assert "'mse', 'pixel', 'ssim'], images a" in guilty and "images b" not in guilty
+    assert "rank 0: gradient norm" in first.split(" | ")[0]
+    assert "non-finite terms none" in first.split(" | ")[0]
