@@ -3,21 +3,17 @@
     python benchmarks/ssim.py [--sizes 2,3,256,256 1,3,512,512] [--compile] [--threads 2]
 
 Peers are installed for the benchmark only: pip install pytorch-msssim torchmetrics
-Rounds are interleaved (A B C A B C ...) and the median is shown. While other processes hold the
-cores, threads that meet after every operation show the scheduler and not the code: the benchmark
-then falls back to one thread and CPU time, and says so. Peak memory is what torch's allocator
-handed out beyond the two images; scratch space inside oneDNN or MKL is not in it.
+Times and memory are taken as `benchmarks/measure.py` says; peak memory is what is needed beyond the
+two images.
 Exit code 1: a target was missed.
 """
 
 import argparse
+import functools
 import importlib
-import json
 import os
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from skimage.metrics import structural_similarity
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.measure import median_seconds, peak_bytes  # noqa: E402
 from modeling.bagel.ssim import gaussian_window, ssim_per_image  # noqa: E402
 
 Implementation = Callable[[Tensor, Tensor], Tensor]
@@ -36,7 +32,6 @@ SIZES = [(2, 3, 256, 256), (1, 3, 512, 512), (1, 3, 1024, 1024)]
 SPEED = {"ours": 4.0, "ours, compiled": 8.0}
 MEMORY = {(2, 3, 256, 256): 4.0, (1, 3, 512, 512): 6.0, (1, 3, 1024, 1024): 8.0}
 VALUE_ERROR, GRADIENT_ERROR = 1e-6, 1e-5
-OPERATIONS, BUSY_SECONDS = 300, 3e-4
 
 
 def conv_ssim(x: Tensor, y: Tensor, padding: int, epsilon: float) -> Tensor:
@@ -95,48 +90,6 @@ def step(implementation: Implementation, x: Tensor, y: Tensor) -> tuple[float, T
     return value.item(), x.grad
 
 
-def use_threads(wanted: int) -> int:
-    """Sets and returns `wanted`, or 1 if the threads of a parallel operation wait for each other:
-    tens of microseconds on an idle machine, milliseconds on a busy one."""
-    torch.set_num_threads(wanted)
-    values = torch.zeros(2**17)
-    start = time.perf_counter()
-    for _ in range(OPERATIONS):
-        values.add_(1)
-    if time.perf_counter() - start > OPERATIONS * BUSY_SECONDS:
-        torch.set_num_threads(1)
-    return torch.get_num_threads()
-
-
-def median_seconds(
-    found: dict[str, Implementation], x: Tensor, y: Tensor, rounds: int
-) -> dict[str, float]:
-    clock = time.perf_counter if torch.get_num_threads() > 1 else time.process_time
-    seconds: dict[str, list[float]] = {name: [] for name in found}
-    for _ in range(rounds):
-        for name, implementation in found.items():
-            start = clock()
-            step(implementation, x, y)
-            seconds[name].append(clock() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
-def peak_bytes(implementation: Implementation, x: Tensor, y: Tensor) -> int:
-    """Most that was allocated at one time during a step, from the profiler's memory events."""
-    x.grad = None
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step(implementation, x, y)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    held = peak = 0
-    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak
-
-
 def truth(x: Tensor, y: Tensor) -> tuple[float, Tensor]:
     """Value from scikit-image (valid windows), gradient from plain float64 autograd."""
     values = []
@@ -161,23 +114,22 @@ def measure(
     size: tuple[int, ...], found: dict[str, Implementation], rounds: int, wanted_threads: int
 ) -> list[str]:
     """Prints the table of one size; returns the targets that were missed."""
-    threads = use_threads(wanted_threads)
     y = torch.rand(size)
     x = (y + 0.1 * torch.randn(size)).clamp(0, 1).requires_grad_()
     true_value, true_gradient = truth(x, y)
     errors = {}
     for name, implementation in found.items():
-        value, gradient = step(implementation, x, y)  # also the warm-up, and the compilation
+        value, gradient = step(implementation, x, y)
         gradient_error = (gradient.double() - true_gradient).norm() / true_gradient.norm()
         errors[name] = abs(value - true_value), gradient_error.item()
-    seconds = median_seconds(found, x, y, rounds)
-    if use_threads(threads) < threads:
-        threads = 1
-        seconds = median_seconds(found, x, y, rounds)
-    peaks = {name: peak_bytes(implementation, x, y) for name, implementation in found.items()}
+    runs = {name: functools.partial(step, run, x, y) for name, run in found.items()}
+    seconds, how = median_seconds(runs, rounds, wanted_threads)
+    peaks = {}
+    for name, run in runs.items():
+        x.grad = None
+        peaks[name] = peak_bytes(run)
 
-    busy = "" if threads == wanted_threads else " of CPU time: the machine is busy"
-    print(f"\n{size}, {threads} thread(s){busy}")
+    print(f"\n{size}, {how}")
     print(f"{'':16}{'ms':>9}{'speed':>9}{'MB':>9}{'memory':>9}{'value':>11}{'gradient':>11}")
     missed = []
     for name, (value_error, gradient_error) in errors.items():
