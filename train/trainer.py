@@ -113,21 +113,11 @@ class Trainer:
             )
 
     def save(self) -> Path:
-        state = {"loader": self.loader.state_dict()}
-        return save_checkpoint(
-            self.run,
-            self.step,
-            self.model,
-            self.ema,
-            self.optimizer,
-            state,
-            self.loader.resize_rules(),
-            self.args,
-        )
+        return save_checkpoint(self)
 
     def resume(self, folder: Path) -> None:
         """Continues exactly where the checkpoint stopped."""
-        state = load_checkpoint(folder, self.model, self.ema, self.optimizer)
+        state = load_checkpoint(folder, self)
         self.step = state["step"]
         self.loader.load_state_dict(state["loader"])
         # Stepping the old schedule before the optimizer would warn.
