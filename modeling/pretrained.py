@@ -57,8 +57,8 @@ HEAD = "language_model.lm_head.weight"
 SHARD_BYTES = 5 * 10**9
 LLM_FIELDS = ("qk_norm", "layer_module")
 """Ours in `llm_config.json`; released folders lack them."""
-OWN_FIELDS = {f.name for f in dataclasses.fields(BagelConfig)} - {"llm", "vit", "vae"}
-"""What `bagel_config.json` may hold."""
+SETTINGS = {*LLM_FIELDS, *(f.name for f in dataclasses.fields(BagelConfig))} - {"llm", "vit", "vae"}
+"""What `bagel_config.json` may hold and overrides may set."""
 
 FLAGS = (
     (r"latent_pos_embed", "--max_latent_size"),
@@ -152,14 +152,14 @@ def read_config(
 ) -> BagelConfig:
     """The configuration of a folder: its JSON files, then what the tensors' shapes say.
 
-    `overrides` (fields of BagelConfig, `qk_norm`, `layer_module`) win over both; a contradiction
-    shows as a misfitting tensor when loading.
+    `overrides` (of SETTINGS) win over both; a contradiction shows as a misfitting tensor when
+    loading.
     """
     llm, vit = read_json(folder / "llm_config.json"), read_json(folder / "vit_config.json")
     if not llm:
         raise CheckpointError(f"{folder}: llm_config.json not found")
     vae = _vae_config(folder, shapes)
-    saved = read_json(folder / "bagel_config.json", OWN_FIELDS)
+    saved = read_json(folder / "bagel_config.json", SETTINGS)
     stated = {key: llm[key] for key in LLM_FIELDS if key in llm}
     settings = _inferred(shapes, vae) | stated | saved | dict(overrides or {})
     if absent := [key for key in LLM_FIELDS if key not in settings]:
@@ -246,9 +246,8 @@ def load_pretrained(
     expected = _shapes(model.state_dict())
     recomputed = tuple(n for n in POSITION_TABLES if n in expected and n not in tensors)
     tied = (HEAD,) if config.llm.tie_word_embeddings else ()
-    _require_fit(
-        folder, expected, {n: expected[n] for n in (*recomputed, *tied)} | _shapes(tensors)
-    )
+    found = {n: expected[n] for n in (*recomputed, *tied)} | _shapes(tensors)
+    _require_fit(folder, expected, found)
     for name, tensor in tensors.items():
         tensors[name] = tensor.to(device, None if name.startswith(VAE_PREFIX) else dtype)
     for name in recomputed:
@@ -258,7 +257,7 @@ def load_pretrained(
         # The same parameter under both names stays one when it is assigned.
         tensors[EMBEDDINGS] = tensors[HEAD] = nn.Parameter(tensors[EMBEDDINGS])
     model.load_state_dict(tensors, strict=True, assign=True)
-    report = LoadReport(
+    return model, LoadReport(
         folder=str(folder),
         files=tuple(f.name for f in [*files, *vae_files]),
         weights=weights,
@@ -267,7 +266,6 @@ def load_pretrained(
         share=1 - len(recomputed) / len(expected),
         recomputed=recomputed,
     )
-    return model, report
 
 
 def load_architecture(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Bagel:
@@ -320,7 +318,8 @@ def save_pretrained(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    left_out = (VAE_PREFIX, HEAD) if model.config.llm.tie_word_embeddings else VAE_PREFIX
+    config = model.config
+    left_out = (VAE_PREFIX, HEAD) if config.llm.tie_word_embeddings else VAE_PREFIX
     for weights, state in states.items():
         save_torch_state_dict(
             {k: v.to(dtype or v.dtype) for k, v in state.items() if not k.startswith(left_out)},
@@ -331,28 +330,23 @@ def save_pretrained(
     if hasattr(model, "vae"):
         vae = model.vae.state_dict()
         save_torch_state_dict(vae, folder, filename_pattern="ae{suffix}.safetensors")
-    write_config(model.config, folder)
-    if tokenizer_from is not None:
-        for name in TOKENIZER_FILES:
-            if (source := Path(tokenizer_from) / name).exists() and source.parent != folder:
-                shutil.copyfile(source, folder / name)
-    write_manifest(folder)
-
-
-def write_config(config: BagelConfig, folder: Path) -> None:
-    """`llm_config.json`, `vit_config.json`, `vae_config.json` and `bagel_config.json`."""
     own = {
         f.name: getattr(config, f.name)
         for f in dataclasses.fields(config)
-        if f.name in OWN_FIELDS and f.metadata.get("saved", True)
+        if f.name in SETTINGS and f.metadata.get("saved", True)
     }
     write_json(folder / "bagel_config.json", own)
     write_json(folder / "llm_config.json", config.llm.to_dict())
     if config.vit is not None:
         write_json(folder / "vit_config.json", config.vit.to_dict())
     if config.vae is not None:
-        vae = dataclasses.asdict(config.vae) | {"downsample": config.vae.downsample}
-        write_json(folder / "vae_config.json", vae)
+        sizes = dataclasses.asdict(config.vae) | {"downsample": config.vae.downsample}
+        write_json(folder / "vae_config.json", sizes)
+    if tokenizer_from is not None:
+        for name in TOKENIZER_FILES:
+            if (source := Path(tokenizer_from) / name).exists() and source.parent != folder:
+                shutil.copyfile(source, folder / name)
+    write_manifest(folder)
 
 
 def sha256(path: Path) -> str:
@@ -368,19 +362,18 @@ def write_manifest(folder: Path) -> None:
     temporary.rename(folder / MANIFEST)
 
 
-def verify_manifest(folder: Path, names: Collection[str] | None = None) -> None:
+def verify_manifest(folder: Path, names: Collection[str] = ()) -> None:
     """Raises CheckpointError for a file that is missing or whose hash differs.
 
-    `names` limits the check to those files (all files of the manifest by default).
+    `names` limits the check to those files; without it every file of the manifest is checked.
     """
     if not (folder / MANIFEST).exists():
         raise CheckpointError(f"{folder}: {MANIFEST} not found: the folder is incomplete")
-    manifest = read_json(folder / MANIFEST)
-    for name in sorted(manifest.keys() & (manifest if names is None else names)):
+    for name, expected in read_json(folder / MANIFEST).items():
         path = folder / name
+        if names and name not in names:
+            continue
         if not path.exists():
             raise CheckpointError(f"{path} is named in {MANIFEST} and missing")
-        if (found := sha256(path)) != manifest[name]:
-            raise CheckpointError(
-                f"{path} is damaged: sha256 {found}, {MANIFEST} says {manifest[name]}"
-            )
+        if (found := sha256(path)) != expected:
+            raise CheckpointError(f"{path} is damaged: sha256 {found}, {MANIFEST} says {expected}")
