@@ -51,7 +51,7 @@ def save_checkpoint(trainer: "Trainer") -> Path:
         {"model": model.state_dict(), "ema": trainer.ema.state_dict(model)},
         tokenizer_from=args.model.model_path,
     )
-    save_file(_optimizer_tensors(trainer), staging / "optimizer.safetensors")
+    save_file(_optimizer_tensors(trainer), staging / "optimizer.safetensors", {"format": "pt"})
     state = {"step": trainer.step, "loader": trainer.loader.state_dict()}
     write_json(staging / "trainer_state.json", state)
     # So that inference prepares images as training did.
