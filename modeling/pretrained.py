@@ -139,7 +139,8 @@ def read_tensors(files: Iterable[Path], prefix: str = "") -> dict[str, Tensor]:
         try:
             tensors |= {prefix + name: tensor for name, tensor in load_file(file).items()}
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file}: unreadable: {error}") from error
+            hint = "is the folder of --model_path or --resume_from whole?"
+            raise CheckpointError(f"{file}: unreadable ({hint}): {error}") from error
     return tensors
 
 
