@@ -20,13 +20,8 @@ from data.tasks import restoration_context
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.transforms import ResizeRule
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.generation import (
-    Context,
-    SamplingConfig,
-    decode_image,
-    latent_grid,
-    sample_latents,
-)
+from modeling.bagel.generation import Context, SamplingConfig, decode_image, sample_latents
+from modeling.geometry import token_grid
 from modeling.pretrained import PREPROCESSOR_FILE, LoadReport, Weights, load_pretrained
 
 DEFAULT_VAE_RULE = ResizeRule(image_stride=16, max_image_size=2048, min_image_size=128)
@@ -128,7 +123,7 @@ class Restorer:
         context = self._context(prompt)
         assessment = self._assess(context, text, generator)
         width, height = self.vae_rule.size(image.width, image.height)
-        grid = latent_grid(self.model, (height, width))
+        grid = token_grid((height, width), self.model.config.latent_stride)
         noise = torch.randn(
             grid[0] * grid[1], self.model.config.patch_latent_dim, generator=generator
         ).to(self.model.device)
