@@ -156,7 +156,7 @@ def _restore_and_score(
         degraded, record.instruction, config.sampling, config.text, config.seed
     )
     seconds = time.perf_counter() - start
-    truth = Image.fromarray(to_uint8(restorer.vae_rule(truth_file)))
+    truth = Image.fromarray(to_uint8(restorer.task.vae_rule(truth_file)))
     if truth.size != restored.image.size:
         truth = truth.resize(restored.image.size, Image.Resampling.BICUBIC)
     compared = {"": restored.image, "_ceiling": restorer.autoencode(truth)}

@@ -121,7 +121,7 @@ class Trainer:
             self.ema,
             self.optimizer,
             state,
-            self.loader.resize_rules(),
+            self.loader.resize_rules,
             self.args,
         )
 

@@ -195,8 +195,8 @@ def test_a_mixture(tmp_path):
     path = tmp_path / "mixture.yaml"
     path.write_text(yaml.safe_dump({"restoration": rules | {"datasets": [dataset]}}))
     for mixture in (load_mixture(path), load_mixture(path, tmp_path)):
-        (group,) = mixture.groups
-        assert (group.task, group.weight) == ("restoration", 1.0)
+        (group,) = mixture
+        assert group.weight == 1.0
         assert dataclasses.asdict(group.image_transform_args) == rules["image_transform_args"] | {
             "max_pixels": 14 * 14 * 9 * 1024
         }

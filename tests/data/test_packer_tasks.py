@@ -9,7 +9,7 @@ from PIL import Image
 
 from data.packer import Packer, Sample, TextSegment, VaeSegment, VitSegment
 from data.records import RecordError, parse_record
-from data.tasks import restoration_context, restoration_sample
+from data.tasks import RestorationTask
 from data.tokenizer import SPECIAL, load_tokenizer
 from data.transforms import ResizeRule
 from scripts.tiny.tokenizer import write_tokenizer
@@ -182,6 +182,10 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(folder)
 
 
+def restoration_task(tokenizer) -> RestorationTask:
+    return RestorationTask(tokenizer, *(ResizeRule(**rule) for rule in RULES.values()))
+
+
 @pytest.mark.parametrize("text", [*SPECIAL, "<|endoftext|>", "a <|im_end|> b", "Größe 5 µm\n😀"])
 def test_text_never_becomes_special_tokens(tokenizer, text):
     ids = tokenizer.encode(text)
@@ -212,8 +216,8 @@ def test_tokenizers_that_do_not_fit(tmp_path):
 
 def test_restoration_sample(tokenizer, tmp_path):
     line = write_pairs(tmp_path, 1).read_text()
-    rules = [ResizeRule(**RULES[key]) for key in RULES]
-    sample = restoration_sample(parse_record(line, "f:1"), tmp_path, tokenizer, *rules, True)
+    task = restoration_task(tokenizer)
+    sample = task.sample(parse_record(line, "f:1"), tmp_path)
     vae, vit, prompt, answer, target = sample.segments
     assert sample.name == "f:1"
     assert (vae.image_pm1.shape, vit.image_pm1.shape) == ((3, 16, 16), (3, 28, 28))
@@ -222,7 +226,7 @@ def test_restoration_sample(tokenizer, tmp_path):
     assert (answer.ids, answer.answer) == (tokenizer.encode("Mild."), True)
     assert target.target and not torch.equal(target.image_pm1, vae.image_pm1)
     with Image.open(tmp_path / "images" / "0_input.png") as degraded:
-        context = restoration_context(degraded.convert("RGB"), "Remove it.", tokenizer, *rules)
+        context = task.context(degraded.convert("RGB"), "Remove it.")
     assert torch.equal(context[0].image_pm1, vae.image_pm1)
     assert torch.equal(context[1].image_pm1, vit.image_pm1)
     assert context[2].ids == prompt.ids and not any(s.droppable for s in context)
@@ -232,15 +236,22 @@ def test_restoration_of_several_images_takes_the_first(tokenizer, tmp_path):
     record = json.loads(write_pairs(tmp_path, 2).read_text().splitlines()[1])
     for field, kind in (("input_img", "input"), ("output_img", "clean")):
         record[field].append({"path": f"images/0_{kind}.png"})
-    rules = [ResizeRule(**RULES[key]) for key in RULES]
     parsed = parse_record(json.dumps(record), "f:1")
-    sample = restoration_sample(parsed, tmp_path, tokenizer, *rules)
+    sample = restoration_task(tokenizer).sample(parsed, tmp_path)
     assert sample.segments[0].image_pm1.shape == sample.segments[-1].image_pm1.shape == (3, 16, 24)
 
 
 def test_restoration_without_a_clean_image(tokenizer, tmp_path):
     record = json.loads(write_pairs(tmp_path, 1).read_text())
     del record["output_img"]
-    rules = [ResizeRule(**RULES[key]) for key in RULES]
     with pytest.raises(RecordError, match=r"f:1: restoration needs output_img"):
-        restoration_sample(parse_record(json.dumps(record), "f:1"), tmp_path, tokenizer, *rules)
+        restoration_task(tokenizer).sample(parse_record(json.dumps(record), "f:1"), tmp_path)
+
+
+def test_rules_that_do_not_fit_the_model(tokenizer):
+    task = restoration_task(tokenizer)
+    task.require_strides(4, 14)
+    with pytest.raises(ValueError, match="^image_transform_args: image_stride=4 .* model's 8"):
+        task.require_strides(8, 14)
+    with pytest.raises(ValueError, match="^vit_image_transform_args: image_stride=14 .* model's 4"):
+        task.require_strides(4, 4)
