@@ -181,14 +181,14 @@ class Packer:
         n, vit = prod(grid), isinstance(segment, VitSegment)
         target = isinstance(segment, VaeSegment) and segment.target
         side = config.vit_max_num_patch_per_side if vit else config.max_latent_size
-        ids = position_ids(*grid, side, config.interpolate_pos)
-        indexes = torch.arange(start + 1, start + 1 + n)
+        places = {
+            "position_ids": position_ids(*grid, side, config.interpolate_pos),
+            "indexes": torch.arange(start + 1, start + 1 + n),
+        }
         self.text |= {start: self.tokens.image_start, start + 1 + n: self.tokens.image_end}
         if vit:
             patches = patchify(segment.image_pm1, config.vit_patch_size)
-            self.vit.append(
-                VitImages(patches=patches, position_ids=ids, indexes=indexes, lens=(n,))
-            )
+            self.vit.append(VitImages(patches=patches, lens=(n,), **places))
         else:
             self.vae.append(
                 VaeImages(
@@ -197,8 +197,7 @@ class Packer:
                     time_logits=(self._time_logit(generator) if target else CONDITIONING,),
                     noise_seeds=(int(torch.randint(2**62, (), generator=generator)),),
                     names=(name,),
-                    position_ids=ids,
-                    indexes=indexes,
+                    **places,
                 )
             )
         return "noise" if target else "full", [0] * (n + 2)

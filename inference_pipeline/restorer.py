@@ -76,23 +76,25 @@ class Restorer:
                 context.add_vae_image(segment.image_pm1)
         return context
 
-    def _prompt(self, image: Image.Image, instruction: str) -> list[Segment]:
+    def _assess(
+        self, image: Image.Image, instruction: str, text: TextConfig, generator: torch.Generator
+    ) -> tuple[list[Segment], Context, list[int]]:
+        """The prompt, the context of prompt and assessment, and the assessment's ids."""
         if not instruction.strip():
             raise ValueError("the instruction is empty")
-        return self.task.context(image, instruction)
-
-    def _assess(self, context: Context, text: TextConfig, generator: torch.Generator) -> list[int]:
-        num_ids = self.task.tokenizer.size
-        return context.generate_text(text.max_new_tokens, num_ids, text.temperature, generator)
+        prompt = self.task.context(image, instruction)
+        context, num_ids = self._context(prompt), self.task.tokenizer.size
+        ids = context.generate_text(text.max_new_tokens, num_ids, text.temperature, generator)
+        return prompt, context, ids
 
     @torch.inference_mode()
     def assess(
         self, image: Image.Image, instruction: str, text: TextConfig | None = None, seed: int = 42
     ) -> str:
         """What is wrong with an image, in the words of the training data."""
-        context = self._context(self._prompt(image, instruction))
         generator = torch.Generator().manual_seed(seed)
-        return self.task.tokenizer.decode(self._assess(context, text or TextConfig(), generator))
+        _, _, ids = self._assess(image, instruction, text or TextConfig(), generator)
+        return self.task.tokenizer.decode(ids)
 
     @torch.inference_mode()
     def restore(
@@ -110,9 +112,7 @@ class Restorer:
         """
         sampling, text = sampling or SamplingConfig(), text or TextConfig()
         generator = torch.Generator().manual_seed(seed)
-        prompt = self._prompt(image, instruction)
-        context = self._context(prompt)
-        assessment = self._assess(context, text, generator)
+        prompt, context, assessment = self._assess(image, instruction, text, generator)
         width, height = self.task.vae_rule.size(*image.size)
         grid = token_grid((height, width), self.model.config.latent_stride)
         shape = prod(grid), self.model.config.patch_latent_dim
