@@ -78,8 +78,8 @@ class PackedLoader:
             first_seed = config.data_seed + len(self.datasets)
             sets = [_Dataset(d, task, first_seed + i) for i, d in enumerate(group.datasets)]
             # A group's share is its weight; inside a group every record is equally likely.
-            sizes = np.array([len(d.records) for d in sets])
-            weights += [*(group.weight * sizes / sizes.sum())]
+            sizes = [len(d.records) for d in sets]
+            weights += [group.weight * size / sum(sizes) for size in sizes]
             self.datasets += sets
         self.shares = np.array(weights) / np.sum(weights)
         self.draws = [0] * len(self.datasets)
