@@ -31,11 +31,11 @@ class LoaderConfig:
     """Longer samples are dropped and counted."""
 
     def __post_init__(self) -> None:
-        if self.expected_num_tokens < 1:
-            raise ValueError(f"expected_num_tokens={self.expected_num_tokens} must be positive")
         for name in ("max_num_tokens_per_sample", "expected_num_tokens"):
-            if (value := getattr(self, name)) > self.max_num_tokens:
-                raise ValueError(f"{name}={value} exceeds max_num_tokens={self.max_num_tokens}")
+            if not 1 <= (value := getattr(self, name)) <= self.max_num_tokens:
+                raise ValueError(
+                    f"{name}={value} is not in 1..max_num_tokens={self.max_num_tokens}"
+                )
 
 
 class _Dataset:

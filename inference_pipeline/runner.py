@@ -146,11 +146,9 @@ class _Batch:
         }
         if degraded.size != truth.size:
             compared["_bicubic"] = degraded.resize(truth.size, Image.Resampling.BICUBIC)
-        measured = {
-            f"{metric}{kind}": value
-            for kind, image in compared.items()
-            for metric, value in scores(image, truth).items()
-        }
+        measured: dict[str, Any] = {}
+        for kind, image in compared.items():
+            measured |= scores(image, truth, kind)
         folder = Path("images", *(p for p in name.parent.parts if p not in ("/", "..")))
         stem = f"{folder}/{name.stem}"
         if any(other.get("pred_img") == f"{stem}_pred.png" for other in self.done.values()):
