@@ -20,16 +20,18 @@ from data.config import RULES
 from data.images import to_uint8
 from data.packer import Segment, TextSegment, VitSegment
 from data.tasks import RestorationTask
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer
 from data.transforms import ResizeRule
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.generation import Context, SamplingConfig, decode_image, sample_latents
 from modeling.geometry import token_grid
 from modeling.pretrained import PREPROCESSOR_FILE, LoadReport, Weights, load_pretrained
 
-DEFAULT_VAE_RULE = ResizeRule(image_stride=16, max_image_size=2048, min_image_size=128)
-DEFAULT_VIT_RULE = ResizeRule(image_stride=14, max_image_size=518, min_image_size=224)
-"""Rules of the users' batch script, for folders that do not say theirs."""
+DEFAULT_RULES = {
+    "image_transform_args": {"image_stride": 16, "max_image_size": 2048, "min_image_size": 128},
+    "vit_image_transform_args": {"image_stride": 14, "max_image_size": 518, "min_image_size": 224},
+}
+"""Resize rules of the users' batch script, for folders that do not say theirs."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class Restorer:
         Raises CheckpointError when the folder does not fit.
         """
         model, report = load_pretrained(folder, weights, **options)
-        task = RestorationTask(load_tokenizer(folder), *read_rules(Path(folder)))
+        path = Path(folder) / PREPROCESSOR_FILE
+        rules = json.loads(path.read_text()) if path.exists() else DEFAULT_RULES
+        task = RestorationTask(Tokenizer(folder), *(ResizeRule(**rules[name]) for name in RULES))
         task.require_strides(model.config.latent_stride, model.config.vit_patch)
         return cls(model.eval(), task, report)
 
@@ -133,13 +137,3 @@ class Restorer:
         image_pm1: Tensor = self.task.vae_rule(image).to(self.model.device)
         latent = self.model.encode_images([image_pm1])[0]
         return Image.fromarray(to_uint8(self.model.vae.decode(latent[None])[0]))
-
-
-def read_rules(folder: Path) -> tuple[ResizeRule, ResizeRule]:
-    """The VAE's and the ViT's resize rule of a folder, or those of the users' batch script."""
-    path = folder / PREPROCESSOR_FILE
-    if not path.exists():
-        return DEFAULT_VAE_RULE, DEFAULT_VIT_RULE
-    rules = json.loads(path.read_text())
-    vae_rule, vit_rule = (ResizeRule(**rules[name]) for name in RULES)
-    return vae_rule, vit_rule

@@ -12,7 +12,7 @@ import yaml
 from data.config import load_mixture
 from data.images import ImageError
 from data.loader import LoaderConfig, PackedLoader
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer
 from modeling.batch import PackedBatch
 from tests.helpers import RULES, packer_config, tiny_config, write_mixture, write_pairs
 
@@ -24,7 +24,7 @@ SIZES = {"expected_num_tokens": 150, "max_num_tokens": 300, "max_num_tokens_per_
 def loader(checkpoint: Path, mixture: Path, dropout: float = 0.3, **changes: int) -> PackedLoader:
     packing = packer_config(tiny_config(), vae_cond_dropout_prob=dropout)
     config = LoaderConfig(**(SIZES | changes))
-    return PackedLoader(load_mixture(mixture), config, packing, load_tokenizer(checkpoint))
+    return PackedLoader(load_mixture(mixture), config, packing, Tokenizer(checkpoint))
 
 
 def identical(a: PackedBatch, b: PackedBatch) -> bool:

@@ -10,7 +10,7 @@ from PIL import Image
 from data.packer import Packer, Sample, TextSegment, VaeSegment, VitSegment
 from data.records import RecordError, parse_record
 from data.tasks import RestorationTask
-from data.tokenizer import SPECIAL, load_tokenizer
+from data.tokenizer import SPECIAL, Tokenizer
 from data.transforms import ResizeRule
 from scripts.tiny.tokenizer import write_tokenizer
 from tests.helpers import RULES, TOKENS, image_pm1, pack, packer_config, tiny_config, write_pairs
@@ -179,7 +179,7 @@ def test_tensors_of_a_batch_move_together():
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(["Remove the noise.", "Mild noise."], folder)
-    return load_tokenizer(folder)
+    return Tokenizer(folder)
 
 
 def restoration_task(tokenizer) -> RestorationTask:
@@ -205,13 +205,13 @@ def test_special_tokens_of_a_tokenizer(tokenizer):
 
 def test_tokenizers_that_do_not_fit(tmp_path):
     with pytest.raises(FileNotFoundError, match="no tokenizer"):
-        load_tokenizer(tmp_path)
+        Tokenizer(tmp_path)
     write_tokenizer(["x"], tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (tmp_path / name).read_text()
         (tmp_path / name).write_text(text.replace("<|vision_end|>", "<|other|>"))
     with pytest.raises(ValueError, match=r"lacks \['<\|vision_end\|>'\]"):
-        load_tokenizer(tmp_path)
+        Tokenizer(tmp_path)
 
 
 def test_restoration_sample(tokenizer, tmp_path):
