@@ -16,9 +16,10 @@ class Record:
 
     source: str
     """`file:line`, for messages."""
-    input_images: tuple[str, ...]
-    """Paths relative to the data set's folder."""
-    output_images: tuple[str, ...]
+    input_image: str
+    """Path of the first input image, relative to the data set's folder."""
+    output_image: str | None
+    """Of the first output image, if the line has any."""
     instruction: str
     """The last human message without its `<image>` tags."""
     assessment: str | None
@@ -62,18 +63,15 @@ def parse_record(line: str | bytes, source: str) -> Record:
         last[entry["from"]] = entry["value"].replace("<image>", "").strip()
     if "human" not in last:
         raise RecordError(f"{source}: message holds no entry from `human`")
+    output = _entries(raw, "output_img", source, "path")[0]["path"] if "output_img" in raw else None
     return Record(
         source=source,
-        input_images=_paths(raw, "input_img", source),
-        output_images=_paths(raw, "output_img", source) if "output_img" in raw else (),
+        input_image=_entries(raw, "input_img", source, "path")[0]["path"],
+        output_image=output,
         instruction=last["human"],
         assessment=last.get("gpt"),
         raw=raw,
     )
-
-
-def _paths(raw: dict[str, Any], field: str, source: str) -> tuple[str, ...]:
-    return tuple(image["path"] for image in _entries(raw, field, source, "path"))
 
 
 def _entries(raw: dict[str, Any], field: str, source: str, *keys: str) -> list[dict[str, str]]:

@@ -18,6 +18,8 @@ from .transforms import ResizeRule
 
 @dataclass(frozen=True)
 class RestorationTask:
+    """Restoration as a prompt and a training sample, by one tokenizer and two resize rules."""
+
     tokenizer: Tokenizer
     vae_rule: ResizeRule
     vit_rule: ResizeRule
@@ -44,13 +46,13 @@ class RestorationTask:
     def sample(self, record: Record, folder: Path) -> Sample:
         """Context, then the assessment as an answer (if the record has one), then the clean image.
 
-        The first input and output image of a record count. Raises RecordError when the record has
-        no output image and ImageError when an image cannot be read.
+        Raises RecordError when the record has no output image and ImageError when an image cannot
+        be read.
         """
-        if not record.output_images:
+        if record.output_image is None:
             raise RecordError(f"{record.source}: restoration needs output_img")
-        degraded = read_image(folder / record.input_images[0])
-        clean = read_image(folder / record.output_images[0])
+        degraded = read_image(folder / record.input_image)
+        clean = read_image(folder / record.output_image)
         segments = self.context(degraded, record.instruction, droppable=True)
         if record.assessment:
             segments.append(TextSegment(ids=self.tokenizer.encode(record.assessment), answer=True))

@@ -110,6 +110,8 @@ def _results(path: Path) -> dict[int, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Batch:
+    """A test set on its way: each sample's result depends on those `done`, by file names alone."""
+
     restorer: Restorer
     config: RunConfig
     done: dict[int, dict[str, Any]]
@@ -121,17 +123,17 @@ class _Batch:
         try:
             record = parse_record(line, source)
             result |= {key: record.raw.get(key) for key in COPIED}
-            if not record.output_images:
-                raise RecordError(f"{source}: output_img is missing: nothing to compare with")
             return result | self._restore(sample_id, record)
         except (ValueError, RuntimeError, OSError) as error:
             return result | {"error": f"{type(error).__name__}: {error}"}
 
     def _restore(self, sample_id: int, record: Record) -> dict[str, Any]:
         """Restores, measures and saves; the numbers and the paths of the images."""
-        config, name = self.config, Path(record.input_images[0])
+        if record.output_image is None:
+            raise RecordError(f"{record.source}: output_img is missing: nothing to compare with")
+        config, name = self.config, Path(record.input_image)
         degraded = read_image(config.image_root / name)
-        truth_file = read_image(config.image_root / record.output_images[0])
+        truth_file = read_image(config.image_root / record.output_image)
         start = time.perf_counter()
         restored = self.restorer.restore(
             degraded, record.instruction, config.sampling, config.text, config.seed
