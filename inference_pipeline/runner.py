@@ -110,7 +110,7 @@ def _results(path: Path) -> dict[int, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Batch:
-    """A test set on its way: each sample's result depends on those `done`, by file names alone."""
+    """What samples are restored with, and the results so far."""
 
     restorer: Restorer
     config: RunConfig
