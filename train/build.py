@@ -8,7 +8,7 @@ import torch
 from data.config import load_mixture
 from data.loader import LoaderConfig, PackedLoader
 from data.packer import PackerConfig
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.losses import CrossEntropy, LossSet, PixelTerm, SSIMTerm, Term, VelocityMSE
 from modeling.pretrained import SETTINGS, LoadReport, Weights, load_architecture, load_pretrained
@@ -112,7 +112,7 @@ def build_loader(args: RunArguments, model: Bagel) -> PackedLoader:
     )
     loader = LoaderConfig(**{f.name: getattr(data, f.name) for f in fields(LoaderConfig)})
     mixture = load_mixture(data.dataset_config_file, data.data_root)
-    return PackedLoader(mixture, loader, packer, load_tokenizer(args.model.model_path))
+    return PackedLoader(mixture, loader, packer, Tokenizer(args.model.model_path))
 
 
 def resume_folder(args: TrainingArguments) -> Path | None:

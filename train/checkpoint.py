@@ -55,7 +55,7 @@ def save_checkpoint(trainer: "Trainer") -> Path:
     state = {"step": trainer.step, "loader": trainer.loader.state_dict()}
     write_json(staging / "trainer_state.json", state)
     # So that inference prepares images as training did.
-    write_json(staging / PREPROCESSOR_FILE, trainer.loader.resize_rules())
+    write_json(staging / PREPROCESSOR_FILE, trainer.loader.resize_rules)
     args.save(staging / "training_args.json")
     write_manifest(staging)
     if final.exists():
