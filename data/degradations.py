@@ -5,6 +5,8 @@ Images are float arrays (H, W) or (H, W, C) in [0, 1]; results have the same ran
 
 import numpy as np
 
+from modeling.geometry import token_grid
+
 Array = np.ndarray
 
 
@@ -25,8 +27,6 @@ def low_resolution(image_01: Array, factor: int) -> Array:
 
     Raises ValueError when a side is no multiple of `factor`.
     """
-    height, width = image_01.shape[:2]
-    if height % factor or width % factor:
-        raise ValueError(f"image {height}x{width} is no multiple of the factor {factor}")
-    blocks = image_01.reshape(height // factor, factor, width // factor, factor, -1)
-    return blocks.mean(axis=(1, 3)).reshape(height // factor, width // factor, *image_01.shape[2:])
+    rows, columns = token_grid(image_01.shape[:2], factor)
+    blocks = image_01.reshape(rows, factor, columns, factor, *image_01.shape[2:])
+    return blocks.mean(axis=(1, 3))

@@ -1,4 +1,4 @@
-"""Endless stream of packed batches whose state is one number.
+"""Endless stream of packed batches whose state is the number of draws from each data set.
 
 Sample i of the stream is a function of (seed, i) alone: group, data set, place in that epoch's
 permutation, dropout, time and noise. So a stream resumes exactly from its position.
@@ -13,10 +13,10 @@ import torch
 
 from modeling.batch import PackedBatch
 
-from .config import RULES, DatasetConfig, GroupConfig, MixtureConfig
+from .config import RULES, DatasetConfig, GroupConfig
 from .packer import Packer, PackerConfig, Sample
-from .records import Record, read_records
-from .tasks import restoration_sample
+from .records import read_records
+from .tasks import RestorationTask
 from .tokenizer import Tokenizer
 
 
@@ -31,36 +31,28 @@ class LoaderConfig:
     """Longer samples are dropped and counted."""
 
     def __post_init__(self) -> None:
-        if self.expected_num_tokens < 1:
-            raise ValueError(f"expected_num_tokens={self.expected_num_tokens} must be positive")
         for name in ("max_num_tokens_per_sample", "expected_num_tokens"):
-            if (value := getattr(self, name)) > self.max_num_tokens:
-                raise ValueError(f"{name}={value} exceeds max_num_tokens={self.max_num_tokens}")
+            if not 1 <= (value := getattr(self, name)) <= self.max_num_tokens:
+                raise ValueError(
+                    f"{name}={value} is not in 1..max_num_tokens={self.max_num_tokens}"
+                )
 
 
 class _Dataset:
-    """Records of one data set in an order that changes every epoch."""
+    """Samples of one data set, its records in an order that changes every epoch."""
 
-    def __init__(self, config: DatasetConfig, group: GroupConfig, seed: int) -> None:
-        self.config, self.group, self.seed = config, group, seed
+    def __init__(self, config: DatasetConfig, task: RestorationTask, seed: int) -> None:
+        self.folder, self.task, self.seed = config.data_dir, task, seed
         self.records = read_records(config.jsonl_path)[: config.num_used_data or None]
         self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
 
-    def record(self, draw: int) -> Record:
-        """The record of the `draw`-th sample that is taken from this set."""
+    def sample(self, draw: int) -> Sample:
+        """The `draw`-th sample that is taken from this set."""
         epoch, place = divmod(draw, len(self.records))
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, epoch])
             self._epoch, self._order = epoch, rng.permutation(len(self.records))
-        return self.records[self._order[place]]
-
-
-def _check_strides(group: GroupConfig, packer: PackerConfig) -> None:
-    """Raises ValueError where a resize rule gives sizes that the model cannot take."""
-    for name, stride in zip(RULES, (packer.latent_stride, packer.vit_patch_size), strict=True):
-        found = getattr(group, name).image_stride
-        if found % stride:
-            raise ValueError(f"{name}: image_stride={found} is no multiple of the model's {stride}")
+        return self.task.sample(self.records[self._order[place]], self.folder)
 
 
 class PackedLoader:
@@ -68,24 +60,28 @@ class PackedLoader:
 
     def __init__(
         self,
-        mixture: MixtureConfig,
+        mixture: tuple[GroupConfig, ...],
         config: LoaderConfig,
         packer_config: PackerConfig,
         tokenizer: Tokenizer,
     ) -> None:
         self.config, self.packer_config, self.tokenizer = config, packer_config, tokenizer
-        pairs = [(group, d) for group in mixture.groups for d in group.datasets]
-        self.datasets = [
-            _Dataset(d, group, config.data_seed + i) for i, (group, d) in enumerate(pairs)
-        ]
-        for group in mixture.groups:
-            _check_strides(group, packer_config)
-        # A group's share is its weight; inside a group every record is equally likely.
-        shares = []
-        for dataset in self.datasets:
-            in_group = sum(len(d.records) for d in self.datasets if d.group is dataset.group)
-            shares.append(dataset.group.weight * len(dataset.records) / in_group)
-        self.shares = np.array(shares) / np.sum(shares)
+        self.resize_rules = {name: asdict(getattr(mixture[0], name)) for name in RULES}
+        """Of the first group, as keys of a mixture."""
+        self.datasets: list[_Dataset] = []
+        weights: list[float] = []
+        for group in mixture:
+            task = RestorationTask(
+                tokenizer, group.image_transform_args, group.vit_image_transform_args
+            )
+            task.require_strides(packer_config.latent_stride, packer_config.vit_patch_size)
+            first_seed = config.data_seed + len(self.datasets)
+            sets = [_Dataset(d, task, first_seed + i) for i, d in enumerate(group.datasets)]
+            # A group's share is its weight; inside a group every record is equally likely.
+            sizes = [len(d.records) for d in sets]
+            weights += [group.weight * size / sum(sizes) for size in sizes]
+            self.datasets += sets
+        self.shares = np.array(weights) / np.sum(weights)
         self.draws = [0] * len(self.datasets)
         self.too_long = 0
 
@@ -98,17 +94,8 @@ class PackedLoader:
         """The next sample of the stream and the generator of its randomness."""
         rng = np.random.default_rng([self.config.data_seed, self.position])
         chosen = int(rng.choice(len(self.datasets), p=self.shares))
-        dataset = self.datasets[chosen]
-        sample = restoration_sample(
-            dataset.record(self.draws[chosen]),
-            dataset.config.data_dir,
-            self.tokenizer,
-            dataset.group.image_transform_args,
-            dataset.group.vit_image_transform_args,
-            droppable=True,
-        )
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        return chosen, sample, generator
+        return chosen, self.datasets[chosen].sample(self.draws[chosen]), generator
 
     def next_batch(self) -> PackedBatch:
         """Raises ValueError when samples keep being too long for a pack."""
@@ -137,12 +124,8 @@ class PackedLoader:
         while True:
             yield self.next_batch()
 
-    def resize_rules(self) -> dict[str, Any]:
-        """Resize rules of the first group, as keys of a mixture."""
-        return {name: asdict(getattr(self.datasets[0].group, name)) for name in RULES}
-
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position, "draws": list(self.draws), "too_long": self.too_long}
+        return {"draws": list(self.draws), "too_long": self.too_long}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError when the state belongs to another mixture."""

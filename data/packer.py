@@ -1,9 +1,7 @@
 """Segments -> PackedBatch: samples end to end in one sequence. No I/O; randomness only from the
 generator that comes with each sample, so a sample looks the same in whatever pack it lands."""
 
-import dataclasses
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, fields
 from math import prod
 from typing import Any, TypeVar
 
@@ -20,9 +18,9 @@ from modeling.batch import (
     VitImages,
 )
 from modeling.flow import CONDITIONING, logit_from_time
-from modeling.geometry import patchify, position_ids
+from modeling.geometry import patchify, position_ids, token_grid
 
-Part = TypeVar("Part", TextTokens, AnswerLabels, VitImages, VaeImages)
+Images = TypeVar("Images", VitImages, VaeImages)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +94,7 @@ class PackerConfig:
     def grid(self, segment: VitSegment | VaeSegment) -> tuple[int, int]:
         """Rows and columns of the tokens of an image."""
         stride = self.vit_patch_size if isinstance(segment, VitSegment) else self.latent_stride
-        height, width = segment.image_pm1.shape[-2:]
-        if height % stride or width % stride:
-            raise ValueError(f"image {height}x{width} is no multiple of the stride {stride}")
-        return height // stride, width // stride
+        return token_grid(segment.image_pm1.shape, stride)
 
     def num_tokens(self, sample: Sample) -> int:
         """Tokens of a sample without any dropout."""
@@ -109,17 +104,14 @@ class PackerConfig:
         )
 
 
-def _joined(parts: list[Part]) -> Part:
-    """One record of many: tensors and tuples end to end, numbers summed."""
+def _joined(parts: list[Images]) -> Images | None:
+    """One record of many, tensors and tuples end to end; None without any."""
+    if not parts:
+        return None
     joined: dict[str, Any] = {}
-    for field in dataclasses.fields(parts[0]):
-        values = [getattr(part, field.name) for part in parts]
-        if isinstance(values[0], Tensor):
-            joined[field.name] = torch.cat(values)
-        elif isinstance(values[0], tuple):
-            joined[field.name] = tuple(chain.from_iterable(values))
-        else:
-            joined[field.name] = sum(values)
+    for name in (field.name for field in fields(parts[0])):
+        values = [getattr(part, name) for part in parts]
+        joined[name] = torch.cat(values) if isinstance(values[0], Tensor) else sum(values, ())
     return type(parts[0])(**joined)
 
 
@@ -132,8 +124,11 @@ class Packer:
         self.split_lens: list[int] = []
         self.attn_modes: list[AttentionMode] = []
         self.positions: list[int] = []
-        self.text: list[TextTokens] = []
-        self.labels: list[AnswerLabels] = []
+        self.text: dict[int, int] = {}
+        """Place in the sequence -> token id."""
+        self.labels: dict[int, int] = {}
+        """Place in the sequence -> token id to predict there."""
+        self.label_weights: list[float] = []
         self.vit: list[VitImages] = []
         self.vae: list[VaeImages] = []
 
@@ -142,15 +137,24 @@ class Packer:
         return len(self.positions)
 
     def add(self, sample: Sample, generator: torch.Generator, answer_weight: float = 1.0) -> None:
-        """Packs one sample; `answer_weight` weighs its answer tokens in the cross-entropy."""
+        """Packs one sample; `answer_weight` weighs its labels in the cross-entropy."""
         before, position = self.num_tokens, 0
         for segment in sample.segments:
             if segment.droppable and self._dropped(segment, generator):
                 position += not isinstance(segment, TextSegment)
-            elif isinstance(segment, TextSegment):
-                position = self._add_text(segment, position, answer_weight)
+                continue
+            if isinstance(segment, TextSegment):
+                mode, offsets = self._add_text(segment)
             else:
-                position = self._add_image(segment, position, sample.name, generator)
+                mode, offsets = self._add_image(segment, sample.name, generator)
+            self.positions += [position + offset for offset in offsets]
+            self.split_lens.append(len(offsets))
+            self.attn_modes.append(mode)
+            if segment.end_label is not None:
+                self.labels[self.num_tokens - 1] = segment.end_label
+            if mode != "noise":
+                position += offsets[-1] + 1
+        self.label_weights += [answer_weight] * (len(self.labels) - len(self.label_weights))
         if self.num_tokens > before:
             self.sample_lens.append(self.num_tokens - before)
 
@@ -162,30 +166,29 @@ class Packer:
         }[type(segment)]
         return torch.rand((), generator=generator).item() < probability
 
-    def _add_text(self, segment: TextSegment, position: int, weight: float) -> int:
+    def _add_text(self, segment: TextSegment) -> tuple[AttentionMode, list[int]]:
+        """Attention mode of the segment and positions of its tokens, from 0."""
         ids = [self.tokens.bos, *segment.ids, self.tokens.eos]
-        start, end = self.num_tokens, position + len(ids)
-        indexes = torch.arange(start, start + len(ids))
-        self.text.append(TextTokens(ids=torch.tensor(ids), indexes=indexes))
+        self.text |= enumerate(ids, self.num_tokens)
         if segment.answer:
-            self._label(start, ids[1:], weight)
-        self._close_split(segment, list(range(position, end)), "causal", weight)
-        return end
+            self.labels |= enumerate(ids[1:], self.num_tokens)
+        return "causal", list(range(len(ids)))
 
     def _add_image(
-        self, segment: VitSegment | VaeSegment, position: int, name: str, generator: torch.Generator
-    ) -> int:
+        self, segment: VitSegment | VaeSegment, name: str, generator: torch.Generator
+    ) -> tuple[AttentionMode, list[int]]:
         config, grid, start = self.config, self.config.grid(segment), self.num_tokens
-        vit, n = isinstance(segment, VitSegment), prod(grid)
+        n, vit = prod(grid), isinstance(segment, VitSegment)
         target = isinstance(segment, VaeSegment) and segment.target
         side = config.vit_max_num_patch_per_side if vit else config.max_latent_size
-        ids = position_ids(*grid, side, config.interpolate_pos)
-        indexes = torch.arange(start + 1, start + 1 + n)
+        places = {
+            "position_ids": position_ids(*grid, side, config.interpolate_pos),
+            "indexes": torch.arange(start + 1, start + 1 + n),
+        }
+        self.text |= {start: self.tokens.image_start, start + 1 + n: self.tokens.image_end}
         if vit:
             patches = patchify(segment.image_pm1, config.vit_patch_size)
-            self.vit.append(
-                VitImages(patches=patches, position_ids=ids, indexes=indexes, lens=(n,))
-            )
+            self.vit.append(VitImages(patches=patches, lens=(n,), **places))
         else:
             self.vae.append(
                 VaeImages(
@@ -194,14 +197,10 @@ class Packer:
                     time_logits=(self._time_logit(generator) if target else CONDITIONING,),
                     noise_seeds=(int(torch.randint(2**62, (), generator=generator)),),
                     names=(name,),
-                    position_ids=ids,
-                    indexes=indexes,
+                    **places,
                 )
             )
-        ends = torch.tensor([self.tokens.image_start, self.tokens.image_end])
-        self.text.append(TextTokens(ids=ends, indexes=torch.tensor([start, start + n + 1])))
-        self._close_split(segment, [position] * (n + 2), "noise" if target else "full", 1.0)
-        return position if target else position + 1
+        return "noise" if target else "full", [0] * (n + 2)
 
     def _time_logit(self, generator: torch.Generator) -> float:
         config = self.config
@@ -214,37 +213,25 @@ class Packer:
             return logit_from_time(uniform * config.low_t_max, config.timestep_shift)
         return logit
 
-    def _label(self, start: int, ids: list[int], weight: float) -> None:
-        """Trains the tokens from `start` on to announce `ids`."""
-        self.labels.append(
-            AnswerLabels(
-                ids=torch.tensor(ids),
-                indexes=torch.arange(start, start + len(ids)),
-                weights=torch.full((len(ids),), weight),
-                total_weight=weight * len(ids),
-            )
-        )
-
-    def _close_split(
-        self, segment: Segment, positions: list[int], mode: AttentionMode, weight: float
-    ) -> None:
-        self.positions += positions
-        self.split_lens.append(len(positions))
-        self.attn_modes.append(mode)
-        if segment.end_label is not None:
-            self._label(self.num_tokens - 1, [segment.end_label], weight)
-
     def build(self) -> PackedBatch:
         """Raises ValueError when no token was packed."""
         if not self.positions:
             raise ValueError("an empty pack: every segment of every sample was dropped")
+        text, weights, labels = self.text, self.label_weights, None
+        if weights:
+            labels = AnswerLabels(
+                ids=torch.tensor([*self.labels.values()]),
+                indexes=torch.tensor([*self.labels]),
+                weights=torch.tensor(weights),
+                total_weight=sum(weights),
+            )
         return PackedBatch(
             sample_lens=tuple(self.sample_lens),
             split_lens=tuple(self.split_lens),
             attn_modes=tuple(self.attn_modes),
             position_ids=torch.tensor(self.positions),
-            text=_joined(self.text),
-            labels=_joined(self.labels) if self.labels else None,
-            vit=_joined(self.vit) if self.vit else None,
-            vae=_joined(self.vae) if self.vae else None,
+            text=TextTokens(ids=torch.tensor([*text.values()]), indexes=torch.tensor([*text])),
+            labels=labels,
+            vit=_joined(self.vit),
+            vae=_joined(self.vae),
         )

@@ -16,17 +16,16 @@ class Record:
 
     source: str
     """`file:line`, for messages."""
-    input_images: tuple[str, ...]
-    """Paths relative to the data set's folder."""
-    output_images: tuple[str, ...]
+    input_image: str
+    """Path of the first input image, relative to the data set's folder."""
+    output_image: str | None
+    """Of the first output image, if the line has any."""
     instruction: str
     """The last human message without its `<image>` tags."""
     assessment: str | None
     """The last gpt message, if any."""
-    main_task_type: str
-    degrade_type: str
     raw: dict[str, Any]
-    """The line as it was."""
+    """The line as it was, with what else it says (`main_task_type`, `degrade_type`)."""
 
 
 def read_records(path: str | Path) -> list[Record]:
@@ -57,38 +56,30 @@ def parse_record(line: str | bytes, source: str) -> Record:
         raise RecordError(f"{source}: no JSON: {error}") from error
     if not isinstance(raw, dict):
         raise RecordError(f"{source}: a JSON object is expected, not {type(raw).__name__}")
-    last: dict[str, str] = {}
-    for entry in _entries(raw, "message", "from, value", source):
-        match entry:
-            case {"from": "human" | "gpt" as author, "value": str(text)}:
-                last[author] = text.replace("<image>", "").strip()
-            case _:
-                reason = "is no {from: human|gpt, value}"
-                raise RecordError(f"{source}: message entry {entry!r} {reason}")
+    last = {}
+    for entry in _entries(raw, "message", source, "from", "value"):
+        if entry["from"] not in ("human", "gpt"):
+            raise RecordError(f"{source}: message entry {entry!r} is from neither human nor gpt")
+        last[entry["from"]] = entry["value"].replace("<image>", "").strip()
     if "human" not in last:
         raise RecordError(f"{source}: message holds no entry from `human`")
+    output = _entries(raw, "output_img", source, "path")[0]["path"] if "output_img" in raw else None
     return Record(
         source=source,
-        input_images=_paths(raw, "input_img", source),
-        output_images=_paths(raw, "output_img", source) if "output_img" in raw else (),
+        input_image=_entries(raw, "input_img", source, "path")[0]["path"],
+        output_image=output,
         instruction=last["human"],
         assessment=last.get("gpt"),
-        main_task_type=str(raw.get("main_task_type", "unknown")),
-        degrade_type=str(raw.get("degrade_type", "unknown")),
         raw=raw,
     )
 
 
-def _paths(raw: dict[str, Any], field: str, source: str) -> tuple[str, ...]:
-    images = _entries(raw, field, "path, height, width", source)
-    for image in images:
-        if not isinstance(image, dict) or not isinstance(image.get("path"), str):
-            raise RecordError(f"{source}: {field} entry {image!r} has no path")
-    return tuple(image["path"] for image in images)
-
-
-def _entries(raw: dict[str, Any], field: str, keys: str, source: str) -> list[Any]:
-    entries = raw.get(field)
+def _entries(raw: dict[str, Any], field: str, source: str, *keys: str) -> list[dict[str, str]]:
+    """The objects of a field, each with a text under all `keys`."""
+    entries, expected = raw.get(field), f"{{{', '.join(keys)}}}"
     if not isinstance(entries, list) or not entries:
-        raise RecordError(f"{source}: {field} must be a list of {{{keys}}}")
+        raise RecordError(f"{source}: {field} must be a list of {expected}")
+    for entry in entries:
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) for k in keys):
+            raise RecordError(f"{source}: {field} entry {entry!r} has no texts {expected}")
     return entries

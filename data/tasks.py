@@ -1,12 +1,14 @@
 """Record -> segments: the one place that says how a sample is laid out.
 
-Training and inference call the same function, so a prompt cannot differ between them.
+Training and inference use the same object, so a prompt cannot differ between them.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from .config import RULES
 from .images import read_image
 from .packer import Sample, Segment, TextSegment, VaeSegment, VitSegment
 from .records import Record, RecordError
@@ -14,43 +16,45 @@ from .tokenizer import Tokenizer
 from .transforms import ResizeRule
 
 
-def restoration_context(
-    degraded: Image.Image,
-    instruction: str,
-    tokenizer: Tokenizer,
-    vae_rule: ResizeRule,
-    vit_rule: ResizeRule,
-    droppable: bool = False,
-) -> list[Segment]:
-    """The degraded image as latents, again as ViT patches, then the instruction."""
-    return [
-        VaeSegment(image_pm1=vae_rule(degraded), droppable=droppable),
-        VitSegment(image_pm1=vit_rule(degraded), droppable=droppable),
-        TextSegment(ids=tokenizer.encode(instruction), droppable=droppable),
-    ]
+@dataclass(frozen=True)
+class RestorationTask:
+    """Restoration as a prompt and a training sample, by one tokenizer and two resize rules."""
 
+    tokenizer: Tokenizer
+    vae_rule: ResizeRule
+    vit_rule: ResizeRule
 
-def restoration_sample(
-    record: Record,
-    folder: Path,
-    tokenizer: Tokenizer,
-    vae_rule: ResizeRule,
-    vit_rule: ResizeRule,
-    droppable: bool = False,
-) -> Sample:
-    """Context, then the assessment as an answer (if the record has one), then the clean image.
+    def require_strides(self, latent_stride: int, vit_patch: int) -> None:
+        """Raises ValueError where a resize rule gives sizes that the model cannot take."""
+        found = self.vae_rule.image_stride, self.vit_rule.image_stride
+        for name, ours, model in zip(RULES, found, (latent_stride, vit_patch), strict=True):
+            if ours % model:
+                raise ValueError(
+                    f"{name}: image_stride={ours} is no multiple of the model's {model}"
+                )
 
-    The first input and output image of a record count. Raises RecordError when the record has no
-    output image and ImageError when an image cannot be read.
-    """
-    if not record.output_images:
-        raise RecordError(f"{record.source}: restoration needs output_img")
-    degraded = read_image(folder / record.input_images[0])
-    clean = read_image(folder / record.output_images[0])
-    segments = restoration_context(
-        degraded, record.instruction, tokenizer, vae_rule, vit_rule, droppable
-    )
-    if record.assessment:
-        segments.append(TextSegment(ids=tokenizer.encode(record.assessment), answer=True))
-    segments.append(VaeSegment(image_pm1=vae_rule(clean), target=True))
-    return Sample(record.source, segments)
+    def context(
+        self, degraded: Image.Image, instruction: str, droppable: bool = False
+    ) -> list[Segment]:
+        """The degraded image as latents, again as ViT patches, then the instruction."""
+        return [
+            VaeSegment(image_pm1=self.vae_rule(degraded), droppable=droppable),
+            VitSegment(image_pm1=self.vit_rule(degraded), droppable=droppable),
+            TextSegment(ids=self.tokenizer.encode(instruction), droppable=droppable),
+        ]
+
+    def sample(self, record: Record, folder: Path) -> Sample:
+        """Context, then the assessment as an answer (if the record has one), then the clean image.
+
+        Raises RecordError when the record has no output image and ImageError when an image cannot
+        be read.
+        """
+        if record.output_image is None:
+            raise RecordError(f"{record.source}: restoration needs output_img")
+        degraded = read_image(folder / record.input_image)
+        clean = read_image(folder / record.output_image)
+        segments = self.context(degraded, record.instruction, droppable=True)
+        if record.assessment:
+            segments.append(TextSegment(ids=self.tokenizer.encode(record.assessment), answer=True))
+        segments.append(VaeSegment(image_pm1=self.vae_rule(clean), target=True))
+        return Sample(record.source, segments)

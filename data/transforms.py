@@ -1,6 +1,7 @@
 """The resize rule of images, one for training and inference."""
 
 from dataclasses import dataclass
+from math import prod
 
 from PIL import Image
 from torch import Tensor
@@ -31,24 +32,22 @@ class ResizeRule:
         """(width, height) after the rule, both multiples of the stride."""
         scale = min(self.max_image_size / max(width, height), 1.0)
         scale = max(scale, self.min_image_size / min(width, height))
-        width, height = self._scaled(width, height, scale)
-        if width * height > self.max_pixels:
-            width, height = self._scaled(width, height, self.max_pixels / (width * height))
-        if max(width, height) > self.max_image_size:
-            width, height = self._scaled(width, height, self.max_image_size / max(width, height))
-        return width, height
+        size = self._scaled((width, height), scale)
+        if prod(size) > self.max_pixels:
+            size = self._scaled(size, self.max_pixels / prod(size))
+        if max(size) > self.max_image_size:
+            size = self._scaled(size, self.max_image_size / max(size))
+        return size
 
-    def _scaled(self, width: int, height: int, scale: float) -> tuple[int, int]:
+    def _scaled(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
         stride = self.image_stride
-        return (
-            max(stride, round(width * scale / stride) * stride),
-            max(stride, round(height * scale / stride) * stride),
-        )
+        width, height = (max(stride, round(side * scale / stride) * stride) for side in size)
+        return width, height
 
     def __call__(self, image: Image.Image) -> Tensor:
         """(3, H, W) float32 in [-1, 1], bicubic with antialias."""
         image = to_rgb(image)
-        size = self.size(image.width, image.height)
+        size = self.size(*image.size)
         if size != image.size:
             image = image.resize(size, Image.Resampling.BICUBIC)
         return to_pm1(image)

@@ -7,7 +7,9 @@
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +19,8 @@ from inference_pipeline.metrics import PROTOCOL  # noqa: E402
 from inference_pipeline.restorer import Restorer, TextConfig  # noqa: E402
 from inference_pipeline.runner import KINDS, RunConfig, run  # noqa: E402
 from modeling.bagel.generation import SamplingConfig  # noqa: E402
+
+Config = TypeVar("Config", SamplingConfig, RunConfig)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -42,6 +46,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def of_options(kind: type[Config], args: argparse.Namespace, **others: Any) -> Config:
+    """A `kind` whose fields are the options of the same names and `others`."""
+    return kind(**{f.name: getattr(args, f.name) for f in fields(kind) if f.name in args}, **others)
+
+
 def main(argv: list[str] | None = None) -> int:
     """0 when every sample was restored, 1 when some failed."""
     args = parse(argv)
@@ -52,39 +61,18 @@ def main(argv: list[str] | None = None) -> int:
         device=f"cuda:{args.target_gpu_device}" if use_gpu else "cpu",
     )
     print(restorer.report)
-    statistics = run(
-        restorer,
-        RunConfig(
-            annotation_file=args.annotation_file,
-            image_root=args.image_root,
-            output_dir=args.output_dir,
-            sampling=SamplingConfig(
-                num_timesteps=args.num_timesteps,
-                timestep_shift=args.timestep_shift,
-                cfg_text_scale=args.cfg_text_scale,
-                cfg_img_scale=args.cfg_img_scale,
-                cfg_renorm_type=args.cfg_renorm_type,
-            ),
-            text=TextConfig(
-                max_new_tokens=args.max_text_tokens,
-                temperature=args.text_temperature if args.text_do_sample else 0.0,
-            ),
-            seed=args.seed,
-            num_samples=args.num_samples,
-        ),
-    )
+    temperature = args.text_temperature if args.text_do_sample else 0.0
+    text = TextConfig(max_new_tokens=args.max_text_tokens, temperature=temperature)
+    sampling = of_options(SamplingConfig, args)
+    statistics = run(restorer, of_options(RunConfig, args, sampling=sampling, text=text))
     print(f"protocol {PROTOCOL}: PSNR in dB / SSIM")
     for task, summary in statistics["by_task_type"].items():
-        numbers = [
-            f"{kind.strip('_') or 'restored'} {summary[f'psnr{kind}_mean']:.2f}/"
-            f"{summary[f'ssim{kind}_mean']:.3f}"
-            for kind in KINDS
-            if f"psnr{kind}_mean" in summary
-        ]
-        print(
-            f"{task}: {summary['total_samples']} samples, {summary['n_failed']} failed; "
-            + ", ".join(numbers)
-        )
+        print(f"{task}: {summary['total_samples']} samples, {summary['n_failed']} failed", end="")
+        for kind in KINDS:
+            if f"psnr{kind}_mean" in summary:
+                psnr, ssim = (summary[f"{metric}{kind}_mean"] for metric in ("psnr", "ssim"))
+                print(f", {kind.strip('_') or 'restored'} {psnr:.2f}/{ssim:.3f}", end="")
+        print()
     return 1 if statistics["overall"]["n_failed"] else 0
 
 

@@ -32,5 +32,6 @@ def _arrays(image: Image.Image, truth: Image.Image) -> tuple[np.ndarray, np.ndar
     return np.asarray(image.convert("RGB")), np.asarray(truth.convert("RGB"))
 
 
-def scores(image: Image.Image, truth: Image.Image) -> dict[str, float]:
-    return {"psnr": psnr_db(image, truth), "ssim": ssim(image, truth)}
+def scores(image: Image.Image, truth: Image.Image, kind: str = "") -> dict[str, float]:
+    """PSNR and SSIM, `kind` appended to their names."""
+    return {f"psnr{kind}": psnr_db(image, truth), f"ssim{kind}": ssim(image, truth)}

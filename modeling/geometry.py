@@ -3,19 +3,26 @@
 Shape legend: C channels, H = h * p and W = w * p pixels (or latents), p patch side, D = p * p * C.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def patchify(image_CHW: Tensor, patch: int) -> Tensor:
-    """(C, h*p, w*p) -> (h*w, p*p*C): `c (h p) (w q) -> (h w) (p q c)`.
+def token_grid(shape: Sequence[int], stride: int) -> tuple[int, int]:
+    """Rows and columns of tokens of an image (..., H, W), `stride` pixels along each side.
 
-    Raises ValueError when a side is no multiple of `patch`.
+    Raises ValueError when a side is no multiple of `stride`.
     """
-    channels, height, width = image_CHW.shape
-    if height % patch or width % patch:
-        raise ValueError(f"image {height}x{width} is no multiple of the patch {patch}")
-    h, w = height // patch, width // patch
+    height, width = shape[-2:]
+    if height % stride or width % stride:
+        raise ValueError(f"image {height}x{width} is no multiple of the stride {stride}")
+    return height // stride, width // stride
+
+
+def patchify(image_CHW: Tensor, patch: int) -> Tensor:
+    """(C, h*p, w*p) -> (h*w, p*p*C): `c (h p) (w q) -> (h w) (p q c)`."""
+    channels, (h, w) = len(image_CHW), token_grid(image_CHW.shape, patch)
     grid = image_CHW.reshape(channels, h, patch, w, patch)
     return grid.permute(1, 3, 2, 4, 0).reshape(h * w, patch * patch * channels)
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Qwen2Config, SiglipVisionConfig
 
@@ -57,8 +57,8 @@ HEAD = "language_model.lm_head.weight"
 SHARD_BYTES = 5 * 10**9
 LLM_FIELDS = ("qk_norm", "layer_module")
 """Ours in `llm_config.json`; released folders lack them."""
-OWN_FIELDS = {f.name for f in dataclasses.fields(BagelConfig)} - {"llm", "vit", "vae"}
-"""What `bagel_config.json` may hold."""
+SETTINGS = {*LLM_FIELDS, *(f.name for f in dataclasses.fields(BagelConfig))} - {"llm", "vit", "vae"}
+"""What `bagel_config.json` may hold and overrides may set."""
 
 FLAGS = (
     (r"latent_pos_embed", "--max_latent_size"),
@@ -99,55 +99,7 @@ class LoadReport:
         )
 
 
-def weight_files(folder: Path, weights: Weights) -> list[Path]:
-    """The file(s) of `weights`. Raises CheckpointError that lists what is there instead."""
-    index = folder / f"{weights}.safetensors.index.json"
-    names = _json(index)["weight_map"].values() if index.exists() else [f"{weights}.safetensors"]
-    files = sorted({folder / name for name in names})
-    if missing := [f.name for f in files if not f.exists()]:
-        there = sorted(f.name for f in folder.glob("*")) if folder.is_dir() else "no such folder"
-        raise CheckpointError(
-            f"{folder}: {', '.join(missing)} not found; there is {there}. "
-            f"--finetune_from_ema True reads ema.safetensors, False reads model.safetensors; "
-            "neither stands in for the other"
-        )
-    return files
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: unreadable: {error}") from error
-
-
-def tensor_shapes(files: Iterable[Path], prefix: str = "") -> dict[str, Shape]:
-    """Shapes from the headers alone; `prefix` is put before every name."""
-    shapes: dict[str, Shape] = {}
-    for file in files:
-        with _open(file) as archive:
-            for name in archive.keys():  # noqa: SIM118 (an archive is no mapping)
-                shapes[prefix + name] = tuple(archive.get_slice(name).get_shape())
-    return shapes
-
-
-def read_tensors(
-    files: Iterable[Path],
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    prefix: str = "",
-) -> dict[str, Tensor]:
-    """Tensors of all files, `prefix` before every name; without `dtype` in that of the file."""
-    tensors = {}
-    for file in files:
-        with _open(file) as archive:
-            for name in archive.keys():  # noqa: SIM118
-                tensor = archive.get_tensor(name)
-                tensors[prefix + name] = tensor.to(device, dtype or tensor.dtype)
-    return tensors
-
-
-def _json(path: Path, known: Iterable[str] = ()) -> dict[str, Any]:
+def read_json(path: Path, known: Iterable[str] = ()) -> dict[str, Any]:
     """The content, empty without the file. With `known` every other key raises."""
     try:
         content = json.loads(path.read_text()) if path.exists() else {}
@@ -158,19 +110,57 @@ def _json(path: Path, known: Iterable[str] = ()) -> dict[str, Any]:
     return content
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def weight_files(folder: Path, weights: Weights) -> list[Path]:
+    """The file(s) of `weights`. Raises CheckpointError that lists what is there instead."""
+    index = read_json(folder / f"{weights}.safetensors.index.json")
+    names = set(index["weight_map"].values()) if index else {f"{weights}.safetensors"}
+    if missing := sorted(name for name in names if not (folder / name).exists()):
+        there = sorted(f.name for f in folder.glob("*")) if folder.is_dir() else "no such folder"
+        raise CheckpointError(
+            f"{folder}: {', '.join(missing)} not found; there is {there}. "
+            f"--finetune_from_ema True reads ema.safetensors, False reads model.safetensors; "
+            "neither stands in for the other"
+        )
+    return sorted(folder / name for name in names)
+
+
+def read_tensors(files: Iterable[Path], prefix: str = "") -> dict[str, Tensor]:
+    """Tensors of all files in the files' dtypes, `prefix` before every name.
+
+    The files are mapped: nothing is read before it is used. Raises CheckpointError that names the
+    file which is missing or damaged.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= {prefix + name: tensor for name, tensor in load_file(file).items()}
+        except (OSError, SafetensorError) as error:
+            hint = "is the folder of --model_path or --resume_from whole?"
+            raise CheckpointError(f"{file}: unreadable ({hint}): {error}") from error
+    return tensors
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def read_config(
     folder: Path, shapes: Mapping[str, Shape], overrides: Mapping[str, Any] | None = None
 ) -> BagelConfig:
     """The configuration of a folder: its JSON files, then what the tensors' shapes say.
 
-    `overrides` (fields of BagelConfig, `qk_norm`, `layer_module`) win over both; a contradiction
-    shows as a misfitting tensor when loading.
+    `overrides` (of SETTINGS) win over both; a contradiction shows as a misfitting tensor when
+    loading.
     """
-    llm, vit = _json(folder / "llm_config.json"), _json(folder / "vit_config.json")
+    llm, vit = read_json(folder / "llm_config.json"), read_json(folder / "vit_config.json")
     if not llm:
         raise CheckpointError(f"{folder}: llm_config.json not found")
     vae = _vae_config(folder, shapes)
-    saved = _json(folder / "bagel_config.json", OWN_FIELDS)
+    saved = read_json(folder / "bagel_config.json", SETTINGS)
     stated = {key: llm[key] for key in LLM_FIELDS if key in llm}
     settings = _inferred(shapes, vae) | stated | saved | dict(overrides or {})
     if absent := [key for key in LLM_FIELDS if key not in settings]:
@@ -185,18 +175,14 @@ def read_config(
 
 def _inferred(shapes: Mapping[str, Shape], vae: AutoencoderConfig | None) -> dict[str, Any]:
     """What names and shapes of tensors tell of the configuration."""
-
-    def has(part: str) -> bool:
-        return any(part in name for name in shapes)
-
+    names = "\n".join(shapes)
     inferred: dict[str, Any] = {}
-    if has("language_model."):
-        inferred["qk_norm"] = has(".q_norm.")
-        inferred["layer_module"] = "Qwen2MoEDecoderLayer" if has("moe_gen") else "Qwen2DecoderLayer"
-        if has("q_proj_moe_gen"):
-            inferred["layer_module"] = "Qwen2MoTDecoderLayer"
-    if has("vit_model."):
-        inferred["vit_rope"] = not has("position_embedding")
+    if "language_model." in names:
+        shared = "Qwen2MoEDecoderLayer" if "moe_gen" in names else "Qwen2DecoderLayer"
+        inferred["layer_module"] = "Qwen2MoTDecoderLayer" if "q_proj_moe_gen" in names else shared
+        inferred["qk_norm"] = ".q_norm." in names
+    if "vit_model." in names:
+        inferred["vit_rope"] = "position_embedding" not in names
     for table, side in POSITION_TABLES.items():
         if table in shapes:
             inferred[side] = math.isqrt(shapes[table][0])
@@ -207,24 +193,25 @@ def _inferred(shapes: Mapping[str, Shape], vae: AutoencoderConfig | None) -> dic
 
 def _vae_config(folder: Path, shapes: Mapping[str, Shape]) -> AutoencoderConfig | None:
     fields = {f.name for f in dataclasses.fields(AutoencoderConfig)}
-    saved = _json(folder / "vae_config.json", fields | {"downsample", "resolution"})
+    saved = read_json(folder / "vae_config.json", fields | {"downsample", "resolution"})
     if saved:
         return AutoencoderConfig(**{k: v for k, v in saved.items() if k in fields})
     vae = {k.removeprefix(VAE_PREFIX): v for k, v in shapes.items() if k.startswith(VAE_PREFIX)}
     if not vae:
         return None
 
-    def count(pattern: str) -> int:
-        return sum(bool(re.fullmatch(pattern, name)) for name in vae)
+    def widths(pattern: str) -> list[int]:
+        """Output channels of the convolutions of those names."""
+        return [shape[0] for name, shape in sorted(vae.items()) if re.fullmatch(pattern, name)]
 
     ch, in_channels = vae["encoder.conv_in.weight"][:2]
-    levels = range(count(r"encoder\.down\.\d+\.block\.0\.conv1\.weight"))
+    levels = widths(r"encoder\.down\.\d+\.block\.0\.conv1\.weight")
     return AutoencoderConfig(
         in_channels=in_channels,
         out_ch=vae["decoder.conv_out.weight"][0],
         ch=ch,
-        ch_mult=tuple(vae[f"encoder.down.{i}.block.0.conv1.weight"][0] // ch for i in levels),
-        num_res_blocks=count(r"encoder\.down\.0\.block\.\d+\.conv1\.weight"),
+        ch_mult=tuple(width // ch for width in levels),
+        num_res_blocks=len(widths(r"encoder\.down\.0\.block\.\d+\.conv1\.weight")),
         z_channels=vae["decoder.conv_in.weight"][1],
     )
 
@@ -248,24 +235,22 @@ def load_pretrained(
     """
     folder = Path(folder)
     files = weight_files(folder, weights)
-    vae_files = [folder / VAE_FILE] if autoencoder and (folder / VAE_FILE).exists() else []
-    if autoencoder and (folder / "vae_config.json").exists() and not vae_files:
-        raise CheckpointError(
-            f"{folder}: {VAE_FILE} not found, but vae_config.json is there (check --model_path)"
-        )
-    shapes = tensor_shapes(files) | tensor_shapes(vae_files, VAE_PREFIX)
+    has_vae = (folder / VAE_FILE).exists() or (folder / "vae_config.json").exists()
+    vae_files = [folder / VAE_FILE] if autoencoder and has_vae else []
     if verify and (folder / MANIFEST).exists():
-        read = [*files, *vae_files, *sorted(folder.glob("*_config.json"))]
+        read = [*files, *vae_files, *folder.glob("*_config.json")]
         verify_manifest(folder, [f.name for f in read])
-    config = read_config(folder, shapes, overrides)
+    tensors = read_tensors(files) | read_tensors(vae_files, VAE_PREFIX)
+    config = read_config(folder, _shapes(tensors), overrides)
     with torch.device("meta"):
         model = Bagel(config, autoencoder=autoencoder)
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    recomputed = tuple(n for n in POSITION_TABLES if n in expected and n not in shapes)
+    expected = _shapes(model.state_dict())
+    recomputed = tuple(n for n in POSITION_TABLES if n in expected and n not in tensors)
     tied = (HEAD,) if config.llm.tie_word_embeddings else ()
-    _require_fit(folder, expected, {n: expected[n] for n in (*recomputed, *tied)} | shapes)
-    tensors = read_tensors(files, device, dtype)
-    tensors |= read_tensors(vae_files, device, prefix=VAE_PREFIX)
+    found = {n: expected[n] for n in (*recomputed, *tied)} | _shapes(tensors)
+    _require_fit(folder, expected, found)
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.to(device, None if name.startswith(VAE_PREFIX) else dtype)
     for name in recomputed:
         rows, channels = expected[name]
         tensors[name] = sin_cos_table(math.isqrt(rows), channels).to(tensors[EMBEDDINGS])
@@ -273,7 +258,7 @@ def load_pretrained(
         # The same parameter under both names stays one when it is assigned.
         tensors[EMBEDDINGS] = tensors[HEAD] = nn.Parameter(tensors[EMBEDDINGS])
     model.load_state_dict(tensors, strict=True, assign=True)
-    report = LoadReport(
+    return model, LoadReport(
         folder=str(folder),
         files=tuple(f.name for f in [*files, *vae_files]),
         weights=weights,
@@ -282,7 +267,6 @@ def load_pretrained(
         share=1 - len(recomputed) / len(expected),
         recomputed=recomputed,
     )
-    return model, report
 
 
 def load_architecture(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Bagel:
@@ -290,9 +274,9 @@ def load_architecture(folder: str | Path, overrides: Mapping[str, Any] | None = 
 
     The sizes come from the folder's JSON files alone: there need not be any weights of the model.
     """
-    files = [Path(folder) / VAE_FILE]
-    model = Bagel(read_config(Path(folder), tensor_shapes(files, VAE_PREFIX), overrides))
-    model.vae.load_state_dict(read_tensors(files))
+    vae = read_tensors([Path(folder) / VAE_FILE], VAE_PREFIX)
+    model = Bagel(read_config(Path(folder), _shapes(vae), overrides))
+    model.load_state_dict(model.state_dict() | vae, strict=True)
     return model
 
 
@@ -335,52 +319,35 @@ def save_pretrained(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    left_out = (VAE_PREFIX, HEAD) if config.llm.tie_word_embeddings else VAE_PREFIX
     for weights, state in states.items():
-        for stale in (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors"):
-            for path in folder.glob(weights + stale):
-                path.unlink()
-        left_out = (VAE_PREFIX, HEAD) if model.config.llm.tie_word_embeddings else VAE_PREFIX
-        own = {k: v.to(dtype or v.dtype) for k, v in state.items() if not k.startswith(left_out)}
-        split = split_torch_state_dict_into_shards(
-            own, filename_pattern=weights + "{suffix}.safetensors", max_shard_size=SHARD_BYTES
+        save_torch_state_dict(
+            {k: v.to(dtype or v.dtype) for k, v in state.items() if not k.startswith(left_out)},
+            folder,
+            filename_pattern=weights + "{suffix}.safetensors",
+            max_shard_size=SHARD_BYTES,
         )
-        for file, names in split.filename_to_tensors.items():
-            save_safetensors({name: own[name] for name in names}, folder / file)
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            text = json.dumps(index, indent=2) + "\n"
-            (folder / f"{weights}.safetensors.index.json").write_text(text)
     if hasattr(model, "vae"):
-        save_safetensors(model.vae.state_dict(), folder / VAE_FILE)
-    write_config(model.config, folder)
+        vae = model.vae.state_dict()
+        save_torch_state_dict(vae, folder, filename_pattern="ae{suffix}.safetensors")
+    own = {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if f.name in SETTINGS and f.metadata.get("saved", True)
+    }
+    write_json(folder / "bagel_config.json", own)
+    write_json(folder / "llm_config.json", config.llm.to_dict())
+    if config.vit is not None:
+        write_json(folder / "vit_config.json", config.vit.to_dict())
+    if config.vae is not None:
+        sizes = dataclasses.asdict(config.vae) | {"downsample": config.vae.downsample}
+        write_json(folder / "vae_config.json", sizes)
     if tokenizer_from is not None:
         for name in TOKENIZER_FILES:
             if (source := Path(tokenizer_from) / name).exists() and source.parent != folder:
                 shutil.copyfile(source, folder / name)
     write_manifest(folder)
-
-
-def save_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """One safetensors file with the metadata that `transformers` insists on."""
-    save_file(
-        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, {"format": "pt"}
-    )
-
-
-def write_config(config: BagelConfig, folder: Path) -> None:
-    """`llm_config.json`, `vit_config.json`, `vae_config.json` and `bagel_config.json`."""
-    own = {
-        f.name: getattr(config, f.name)
-        for f in dataclasses.fields(config)
-        if f.name in OWN_FIELDS and f.metadata.get("saved", True)
-    }
-    files: dict[str, dict[str, Any]] = {"bagel": own, "llm": config.llm.to_dict()}
-    if config.vit is not None:
-        files["vit"] = config.vit.to_dict()
-    if config.vae is not None:
-        files["vae"] = dataclasses.asdict(config.vae) | {"downsample": config.vae.downsample}
-    for name, content in files.items():
-        (folder / f"{name}_config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def sha256(path: Path) -> str:
@@ -391,22 +358,21 @@ def sha256(path: Path) -> str:
 def write_manifest(folder: Path) -> None:
     """Hashes of all files; its presence says that the folder is complete."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
-    manifest = {p.name: sha256(p) for p in files}
     temporary = folder / (MANIFEST + ".tmp")
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+    write_json(temporary, {p.name: sha256(p) for p in files})
     temporary.rename(folder / MANIFEST)
 
 
-def verify_manifest(folder: Path, names: Collection[str] | None = None) -> None:
+def verify_manifest(folder: Path, names: Collection[str] = ()) -> None:
     """Raises CheckpointError for a file that is missing or whose hash differs.
 
-    `names` limits the check to those files (all files of the manifest by default).
+    `names` limits the check to those files; without it every file of the manifest is checked.
     """
     if not (folder / MANIFEST).exists():
         raise CheckpointError(f"{folder}: {MANIFEST} not found: the folder is incomplete")
-    for name, expected in _json(folder / MANIFEST).items():
+    for name, expected in read_json(folder / MANIFEST).items():
         path = folder / name
-        if names is not None and name not in names:
+        if names and name not in names:
             continue
         if not path.exists():
             raise CheckpointError(f"{path} is named in {MANIFEST} and missing")

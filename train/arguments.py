@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,55 +19,36 @@ import yaml
 
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
-        "max_checkpoints log_every save_every total_steps gradient_accumulation_steps "
-        "pixel_loss_chunk_size vae_checkpoint_pixels pixel_space_unseen_steps",
+        r"max_checkpoints|\w+_every|(total|gradient_accumulation|pixel_space_unseen)_steps"
+        "|pixel_loss_chunk_size|vae_checkpoint_pixels",
         lambda n: n >= 1,
         "must be at least 1",
     ),
     (
-        "pixel_space_balance ssim_grad_clamp pixel_space_max_ratio",
+        "pixel_space_balance|pixel_space_max_ratio|ssim_grad_clamp",
         lambda x: x is None or 0 < x < math.inf,
         "must be positive and finite",
     ),
-    ("warmup_steps ssim_grad_scale", lambda x: x >= 0, "must not be negative"),
-    ("lr eps max_grad_norm", lambda x: 0 < x < math.inf, "must be positive and finite"),
-    (
-        "ce_weight mse_weight pixel_loss_weight ssim_loss_weight",
-        lambda x: 0 <= x < math.inf,
-        "must be a number from 0 on",
-    ),
-    (
-        "text_cond_dropout_prob vae_cond_dropout_prob vit_cond_dropout_prob",
-        lambda p: 0 <= p <= 1,
-        "is no probability",
-    ),
-    (
-        "full_noise_fraction pixel_space_t_fraction",
-        lambda share: 0 <= share <= 1,
-        "is no share in [0, 1]",
-    ),
-    ("pixel_loss_max_t ssim_loss_max_t", lambda t: 0 < t <= 1, "is not in (0, 1]"),
-    ("beta1 beta2", lambda x: 0 <= x < 1, "is not in [0, 1)"),
+    ("warmup_steps|ssim_grad_scale", lambda x: x >= 0, "must not be negative"),
+    ("lr|eps|max_grad_norm", lambda x: 0 < x < math.inf, "must be positive and finite"),
+    (r"(ce|mse|\w+_loss)_weight", lambda x: 0 <= x < math.inf, "must be a number from 0 on"),
+    (r"\w+_cond_dropout_prob", lambda p: 0 <= p <= 1, "is no probability"),
+    (r"\w+_fraction", lambda share: 0 <= share <= 1, "is no share in [0, 1]"),
+    (r"\w+_loss_max_t", lambda t: 0 < t <= 1, "is not in (0, 1]"),
+    ("beta1|beta2", lambda x: 0 <= x < 1, "is not in [0, 1)"),
     ("ema", lambda x: 0 <= x < 1, "is no decay in [0, 1)"),
     ("timestep_shift", lambda x: x is None or x > 0, "must be positive"),
     ("ssim_window_size", lambda n: n > 0 and n % 2 == 1, "must be odd"),
     ("device", lambda name: name in ("auto", "cpu", "cuda"), "is none of auto, cpu, cuda"),
     ("lr_scheduler", lambda x: x in ("constant", "cosine"), "is neither constant nor cosine"),
+    ("pixel_loss_type", lambda x: x in ("l1", "l2", "mse"), "is none of l1, l2, mse"),
+    ("freeze_vae", lambda frozen: frozen, "cannot be: the autoencoder is not trained here"),
 )
-"""Names of arguments, what holds for their values, and what to say when it does not."""
-
-
-class _Ranges:
-    def __post_init__(self) -> None:
-        """Raises ValueError for a value outside of its range."""
-        for names, holds, complaint in RANGES:
-            for name in names.split():
-                if name in vars(self) and not holds(getattr(self, name)):
-                    raise ValueError(f"{name}={getattr(self, name)} {complaint}")
+"""Pattern of names of arguments, what holds for their values, what to say when it does not."""
 
 
 @dataclass(kw_only=True)
-class ModelArguments(_Ranges):
+class ModelArguments:
     model_path: str | None = None
     """Checkpoint folder in BAGEL's layout: configs, tokenizer, weights and autoencoder."""
     llm_qk_norm: bool | None = None
@@ -88,7 +70,7 @@ class ModelArguments(_Ranges):
 
 
 @dataclass(kw_only=True)
-class DataArguments(_Ranges):
+class DataArguments:
     dataset_config_file: str | None = None
     """YAML data mixture."""
     data_root: str | None = None
@@ -105,7 +87,7 @@ class DataArguments(_Ranges):
 
 
 @dataclass(kw_only=True)
-class TrainingArguments(_Ranges):
+class TrainingArguments:
     visual_gen: bool = True
     """Train the velocity of VAE latents."""
     visual_und: bool = True
@@ -188,34 +170,6 @@ class TrainingArguments(_Ranges):
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu` or `cuda`."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        pixel_space = self.pixel_loss_weight > 0 or self.ssim_loss_weight > 0
-        contradictions = {
-            f"pixel_loss_type={self.pixel_loss_type!r} is none of l1, l2, mse": (
-                self.pixel_loss_type not in ("l1", "l2", "mse")
-            ),
-            f"min_lr={self.min_lr} exceeds lr={self.lr}": (
-                self.lr_scheduler == "cosine" and self.min_lr > self.lr
-            ),
-            "pixel_loss_weight and ssim_loss_weight need the VAE decoder, which visual_gen=False "
-            "does not build": pixel_space and not self.visual_gen,
-            "pixel_space_t_fraction needs pixel_loss_weight or ssim_loss_weight above 0": (
-                self.pixel_space_t_fraction > 0 and not pixel_space
-            ),
-            "pixel_space_balance needs mse_weight and pixel_loss_weight or ssim_loss_weight": (
-                self.pixel_space_balance is not None and not (pixel_space and self.mse_weight > 0)
-            ),
-            "freeze_vae=False: the autoencoder is not trained here": not self.freeze_vae,
-            "init_from_scratch and finetune_from_ema contradict each other": (
-                self.init_from_scratch and self.finetune_from_ema
-            ),
-            "freeze_llm already freezes what freeze_und would": self.freeze_llm and self.freeze_und,
-        }
-        for message, holds in contradictions.items():
-            if holds:
-                raise ValueError(message)
-
 
 @dataclass
 class RunArguments:
@@ -225,13 +179,40 @@ class RunArguments:
     sources: dict[str, str] = field(default_factory=dict)
     """Where each value that is not a default came from."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value outside of its range or arguments that contradict."""
+        for pattern, holds, complaint in RANGES:
+            for name, value in self.flat().items():
+                if re.fullmatch(pattern, name) and not holds(value):
+                    raise ValueError(f"{name}={value!r} {complaint}")
+        args = self.training
+        pixel_space = args.pixel_loss_weight > 0 or args.ssim_loss_weight > 0
+        if args.lr_scheduler == "cosine" and args.min_lr > args.lr:
+            raise ValueError(f"min_lr={args.min_lr} exceeds lr={args.lr}")
+        if pixel_space and not args.visual_gen:
+            raise ValueError(
+                "pixel_loss_weight and ssim_loss_weight need the VAE decoder, "
+                "which visual_gen=False does not build"
+            )
+        if args.pixel_space_t_fraction > 0 and not pixel_space:
+            raise ValueError(
+                "pixel_space_t_fraction needs pixel_loss_weight or ssim_loss_weight above 0"
+            )
+        if args.pixel_space_balance is not None and not (pixel_space and args.mse_weight > 0):
+            raise ValueError(
+                "pixel_space_balance needs mse_weight and pixel_loss_weight or ssim_loss_weight "
+                "above 0"
+            )
+        if args.init_from_scratch and args.finetune_from_ema:
+            raise ValueError("init_from_scratch and finetune_from_ema contradict each other")
+        if args.freeze_llm and args.freeze_und:
+            raise ValueError("freeze_llm already freezes what freeze_und would")
+
     def table(self) -> str:
         """One line per argument: name, value, source."""
-        values = self.flat()
-        width = max(map(len, values))
         return "\n".join(
-            f"{name:{width}s}  {value!s:24s}  {self.sources.get(name, 'default')}"
-            for name, value in values.items()
+            f"{name:28s}  {value!s:24s}  {self.sources.get(name, 'default')}"
+            for name, value in self.flat().items()
         )
 
     def flat(self) -> dict[str, Any]:
@@ -258,9 +239,8 @@ def parse_arguments(argv: list[str]) -> RunArguments:
     config = command_line.pop("config", None)
     layers = _yaml_layers(Path(config)) if config else []
     for source, layer in [*layers, ("command line", command_line)]:
-        for name, raw in layer.items():
-            values[name] = _convert(name, raw, source)
-            sources[name] = source
+        values |= {name: _convert(name, raw, source) for name, raw in layer.items()}
+        sources |= dict.fromkeys(layer, source)
     model, data, training = (
         group(**{f.name: values[f.name] for f in fields(group) if f.name in values})
         for group in GROUPS
@@ -310,10 +290,8 @@ def _convert(name: str, raw: Any, source: str) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False}[str(raw).lower()]
-        if kind is not str:
-            return kind(str(raw))  # through text, so that YAML and command line agree
-        if isinstance(raw, str | int | float):
-            return str(raw)
-        raise TypeError
+        if kind is str and not isinstance(raw, str | int | float):
+            raise TypeError
+        return kind(str(raw))  # through text, so that YAML and command line agree
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{source}: {name}={raw!r} is no {kind.__name__}") from error

@@ -1,5 +1,6 @@
 """Arguments -> objects, in one visible order."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -7,10 +8,10 @@ import torch
 from data.config import load_mixture
 from data.loader import LoaderConfig, PackedLoader
 from data.packer import PackerConfig
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.losses import CrossEntropy, LossSet, PixelTerm, SSIMTerm, Term, VelocityMSE
-from modeling.pretrained import LoadReport, Weights, load_architecture, load_pretrained
+from modeling.pretrained import SETTINGS, LoadReport, Weights, load_architecture, load_pretrained
 
 from .arguments import RunArguments, TrainingArguments
 from .checkpoint import step_folders
@@ -20,23 +21,11 @@ from .optim import apply_freeze_plan, build_optimizer, build_schedule
 from .telemetry import Telemetry
 from .trainer import Trainer
 
-MODEL_OVERRIDES = {
-    "llm_qk_norm": "qk_norm",
-    "layer_module": "layer_module",
-    "max_latent_size": "max_latent_size",
-    "latent_patch_size": "latent_patch_size",
-    "vit_max_num_patch_per_side": "vit_max_num_patch_per_side",
-    "connector_act": "connector_act",
-    "interpolate_pos": "interpolate_pos",
-    "vit_select_layer": "vit_select_layer",
-    "vit_rope": "vit_rope",
-}
-"""Argument -> field of the model's configuration; None keeps the checkpoint's value."""
-
 
 def build_trainer(args: RunArguments) -> Trainer:
     """The run, resumed where it stopped if it has a checkpoint and `auto_resume` is on."""
-    device = pick_device(args.training.device)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if args.training.device == "auto" else args.training.device)
     torch.manual_seed(args.training.global_seed)
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
@@ -77,12 +66,6 @@ def build_trainer(args: RunArguments) -> Trainer:
     return trainer
 
 
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
 def build_model(args: RunArguments) -> tuple[Bagel, LoadReport | str]:
     """Loads `model_path` strictly in float32; random weights only when asked for."""
     training, path = args.training, args.model.model_path
@@ -91,17 +74,9 @@ def build_model(args: RunArguments) -> tuple[Bagel, LoadReport | str]:
             "--model_path is needed: a checkpoint folder. Random weights too take configs, "
             "tokenizer and autoencoder from it (--init_from_scratch True)"
         )
-    overrides = {
-        field: value
-        for name, field in MODEL_OVERRIDES.items()
-        if (value := getattr(args.model, name)) is not None
-    }
-    overrides |= {
-        "freeze_und": training.freeze_und,
-        "attention_backend": args.model.attention_backend,
-    }
-    if training.timestep_shift is not None:
-        overrides["timestep_shift"] = training.timestep_shift
+    # Every setting of the model has an argument of its name; None keeps the checkpoint's value.
+    values = {name.removeprefix("llm_"): value for name, value in args.flat().items()}
+    overrides = {name: values[name] for name in SETTINGS if values[name] is not None}
     if training.init_from_scratch:
         model = load_architecture(path, overrides)
         model.init_weights(training.copy_init_moe)
@@ -135,9 +110,9 @@ def build_terms(args: TrainingArguments) -> list[tuple[Term, float]]:
 
 
 def build_loader(args: RunArguments, model: Bagel) -> PackedLoader:
-    if args.data.dataset_config_file is None or args.model.model_path is None:
-        raise ValueError("--dataset_config_file is needed: a YAML data mixture")
     data, config = args.data, model.config
+    if data.dataset_config_file is None or args.model.model_path is None:
+        raise ValueError("--dataset_config_file is needed: a YAML data mixture")
     gates = [term.max_t for term in model.losses.pixel_terms]
     packer = PackerConfig(
         latent_stride=config.latent_stride,
@@ -153,14 +128,9 @@ def build_loader(args: RunArguments, model: Bagel) -> PackedLoader:
         low_t_max=max(gates, default=1.0),
         timestep_shift=config.timestep_shift,
     )
-    loader = LoaderConfig(
-        data_seed=data.data_seed,
-        expected_num_tokens=data.expected_num_tokens,
-        max_num_tokens=data.max_num_tokens,
-        max_num_tokens_per_sample=data.max_num_tokens_per_sample,
-    )
-    mixture = load_mixture(args.data.dataset_config_file, data.data_root)
-    return PackedLoader(mixture, loader, packer, load_tokenizer(args.model.model_path))
+    loader = LoaderConfig(**{f.name: getattr(data, f.name) for f in fields(LoaderConfig)})
+    mixture = load_mixture(data.dataset_config_file, data.data_root)
+    return PackedLoader(mixture, loader, packer, Tokenizer(args.model.model_path))
 
 
 def resume_folder(args: TrainingArguments) -> Path | None:

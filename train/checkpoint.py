@@ -4,72 +4,62 @@ A step folder is a checkpoint folder in BAGEL's layout (so inference reads it as
 `optimizer.safetensors`, `trainer_state.json` and `training_args.json`. No file is a pickle.
 """
 
-import json
 import re
 import shutil
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
-from modeling.bagel.bagel import Bagel
 from modeling.pretrained import (
     MANIFEST,
     PREPROCESSOR_FILE,
-    VAE_PREFIX,
     CheckpointError,
-    Weights,
+    load_pretrained,
+    read_json,
+    read_tensors,
     save_pretrained,
-    save_safetensors,
     verify_manifest,
     weight_files,
+    write_json,
     write_manifest,
 )
 
-from .arguments import RunArguments
-from .ema import EMA
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 STEP_FOLDER = re.compile(r"\d{7}|[1-9]\d{7,}")
 
 
 def step_folders(run: Path) -> list[Path]:
     """Complete step folders, the oldest first."""
-    if not run.is_dir():
-        return []
-    complete = [
-        p for p in run.iterdir() if STEP_FOLDER.fullmatch(p.name) and (p / MANIFEST).exists()
-    ]
-    return sorted(complete, key=lambda p: int(p.name))
+    complete = [manifest.parent for manifest in run.glob(f"*/{MANIFEST}")]
+    return sorted((p for p in complete if STEP_FOLDER.fullmatch(p.name)), key=lambda p: int(p.name))
 
 
-def save_checkpoint(
-    run: Path,
-    step: int,
-    model: Bagel,
-    ema: EMA,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    rules: dict[str, Any],
-    args: RunArguments,
-) -> Path:
-    """Writes the step folder beside its place, then moves it there; drops the oldest ones.
-
-    `rules` are the resize rules of the data, so that inference prepares images as training did.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    final, staging = run / f"{step:07d}", run / f".saving-{step:07d}"
+def save_checkpoint(trainer: "Trainer") -> Path:
+    """Writes the step folder beside its place, then moves it there; drops the oldest ones."""
+    run, args, model = trainer.run, trainer.args, trainer.model
+    final, staging = run / f"{trainer.step:07d}", run / f".saving-{trainer.step:07d}"
     for debris in run.glob(".saving-*"):
         shutil.rmtree(debris)
-    states: dict[Weights, dict[str, Tensor]] = {
-        "model": model.state_dict(),
-        "ema": ema.state_dict(model),
+    save_pretrained(
+        model,
+        staging,
+        {"model": model.state_dict(), "ema": trainer.ema.state_dict(model)},
+        tokenizer_from=args.model.model_path,
+    )
+    save_file(_optimizer_tensors(trainer), staging / "optimizer.safetensors", {"format": "pt"})
+    state = {
+        "step": trainer.step,
+        "loader": trainer.loader.state_dict(),
+        "telemetry": trainer.telemetry.state_dict(),
     }
-    save_pretrained(model, staging, states, tokenizer_from=args.model.model_path)
-    save_safetensors(_optimizer_tensors(model, optimizer), staging / "optimizer.safetensors")
-    (staging / "trainer_state.json").write_text(json.dumps({"step": step} | state) + "\n")
-    (staging / PREPROCESSOR_FILE).write_text(json.dumps(rules, indent=2) + "\n")
+    write_json(staging / "trainer_state.json", state)
+    # So that inference prepares images as training did.
+    write_json(staging / PREPROCESSOR_FILE, trainer.loader.resize_rules)
     args.save(staging / "training_args.json")
     write_manifest(staging)
     if final.exists():
@@ -80,55 +70,39 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(
-    folder: Path, model: Bagel, ema: EMA, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Restores weights, EMA and optimizer in place; returns the trainer's state.
+def load_checkpoint(folder: Path, trainer: "Trainer") -> dict[str, Any]:
+    """Restores weights, EMA and optimizer in place; returns the rest of the state.
 
-    Raises CheckpointError when a file is missing or damaged.
+    Raises CheckpointError when a file is missing or damaged, or other weights were trained.
     """
     verify_manifest(folder)
-    state = _state(folder, "model")
-    if model.config.llm.tie_word_embeddings:
-        state["language_model.lm_head.weight"] = state["language_model.model.embed_tokens.weight"]
-    model.load_state_dict(state | _vae_state(model), strict=True)
-    ema.load_state_dict(_state(folder, "ema"))
-    _load_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
-    return json.loads((folder / "trainer_state.json").read_text())
+    saved, _ = load_pretrained(folder, "model", verify=False)
+    trainer.model.load_state_dict(saved.state_dict(), strict=True)
+    trainer.ema.load_state_dict(read_tensors(weight_files(folder, "ema")))
+    _load_optimizer(trainer, read_tensors([folder / "optimizer.safetensors"]))
+    return read_json(folder / "trainer_state.json")
 
 
-def _state(folder: Path, weights: Any) -> dict[str, Tensor]:
-    return {k: v for f in weight_files(folder, weights) for k, v in load_file(f).items()}
-
-
-def _vae_state(model: nn.Module) -> dict[str, Tensor]:
-    return {k: v for k, v in model.state_dict().items() if k.startswith(VAE_PREFIX)}
-
-
-def _trained_names(model: nn.Module) -> list[str]:
-    return [n for n, p in model.named_parameters() if p.requires_grad]
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(trainer: "Trainer") -> dict[str, Tensor]:
     """AdamW's tensors as `<parameter>/<exp_avg | exp_avg_sq | step>`."""
-    names, states = _trained_names(model), optimizer.state_dict()["state"]
-    return {f"{names[i]}/{key}": value for i, s in states.items() for key, value in s.items()}
+    return {
+        f"{name}/{key}": value
+        for name, weight in trainer.ema.weights.items()
+        for key, value in trainer.optimizer.state.get(weight, {}).items()
+    }
 
 
-def _load_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
-    names = _trained_names(model)
+def _load_optimizer(trainer: "Trainer", tensors: dict[str, Tensor]) -> None:
+    places = {name: place for place, name in enumerate(trainer.ema.weights)}
     # Not the other way round: weights that have had no gradient yet have no state.
-    if frozen := sorted({key.rsplit("/", 1)[0] for key in tensors} - set(names)):
+    if frozen := sorted({key.rsplit("/", 1)[0] for key in tensors} - places.keys()):
         raise CheckpointError(
             f"the optimizer state is not that of the trained weights: {', '.join(frozen[:5])} "
             f"({len(frozen)} in all) were trained and are frozen now; were freeze flags changed?"
         )
-    state: dict[int, dict[str, Tensor]] = {}
-    for i, name in enumerate(names):
-        for key in ("exp_avg", "exp_avg_sq", "step"):
-            if f"{name}/{key}" in tensors:
-                state.setdefault(i, {})[key] = tensors[f"{name}/{key}"]
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        name, kind = key.rsplit("/", 1)
+        state[places[name]][kind] = tensor
+    groups = trainer.optimizer.state_dict()["param_groups"]
+    trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})

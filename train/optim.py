@@ -11,17 +11,14 @@ from .arguments import TrainingArguments
 
 def apply_freeze_plan(model: nn.Module, args: TrainingArguments) -> None:
     """Sets requires_grad. The autoencoder is frozen by the model itself."""
-    if args.freeze_llm:
-        model.language_model.requires_grad_(False)
-    if args.freeze_vit and hasattr(model, "vit_model"):
-        model.vit_model.requires_grad_(False)
-    if args.freeze_und:
-        # Their activations are constants, so that no gradient reaches them; lm_head alone still
+    for name, parameter in model.named_parameters():
+        llm, vit = name.startswith("language_model."), name.startswith("vit_model.")
+        # Activations of these are constants, so that no gradient reaches them; lm_head alone still
         # learns from the answers.
-        for name, parameter in model.named_parameters():
-            und = name.startswith(("language_model.model.", "vit_model.", "connector."))
-            if und and "_moe_gen" not in name:
-                parameter.requires_grad_(False)
+        und = name.startswith(("language_model.model.", "vit_model.", "connector."))
+        und = und and "_moe_gen" not in name
+        if (args.freeze_llm and llm) or (args.freeze_vit and vit) or (args.freeze_und and und):
+            parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the freeze flags leave nothing to train")
 

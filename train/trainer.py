@@ -160,21 +160,11 @@ class Trainer:
             )
 
     def save(self) -> Path:
-        state = {"loader": self.loader.state_dict(), "telemetry": self.telemetry.state_dict()}
-        return save_checkpoint(
-            self.run,
-            self.step,
-            self.model,
-            self.ema,
-            self.optimizer,
-            state,
-            self.loader.resize_rules(),
-            self.args,
-        )
+        return save_checkpoint(self)
 
     def resume(self, folder: Path) -> None:
         """Continues exactly where the checkpoint stopped."""
-        state = load_checkpoint(folder, self.model, self.ema, self.optimizer)
+        state = load_checkpoint(folder, self)
         self.step = state["step"]
         self.loader.load_state_dict(state["loader"])
         self.telemetry.load_state_dict(state["telemetry"])

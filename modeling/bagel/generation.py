@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attention import grouped_sdpa
 from ..batch import AttentionMode, SpecialTokens, VitImages
 from ..flow import euler, euler_times
-from ..geometry import patchify, position_ids, unpatchify
+from ..geometry import patchify, position_ids, token_grid, unpatchify
 from .bagel import Bagel
 
 RENORM_EPS = 1e-8
@@ -130,7 +130,7 @@ class Context:
     def add_vit_image(self, image_pm1: Tensor) -> None:
         """Adds an image (3, H, W) in [-1, 1] through the ViT; sides are multiples of its patch."""
         config, device = self.model.config, self.model.device
-        h, w = (side // config.vit_patch for side in image_pm1.shape[1:])
+        h, w = token_grid(image_pm1.shape, config.vit_patch)
         ids = position_ids(h, w, config.vit_max_num_patch_per_side, config.interpolate_pos)
         vit = VitImages(
             patches=patchify(image_pm1.to(device), config.vit_patch),
@@ -143,9 +143,10 @@ class Context:
     @torch.no_grad()
     def add_vae_image(self, image_pm1: Tensor) -> None:
         """Adds an image (3, H, W) in [-1, 1] as clean latents (t = 0, posterior mean)."""
+        config = self.model.config
         latent = self.model.encode_images([image_pm1.to(self.model.device)])[0]
-        z = patchify(latent, self.model.config.latent_patch_size)
-        ids = self.latent_position_ids(latent_grid(self.model, image_pm1.shape[-2:]))
+        z = patchify(latent, config.latent_patch_size)
+        ids = self.latent_position_ids(token_grid(image_pm1.shape, config.latent_stride))
         self._image(self.model.embed_latents(z, z.new_zeros(len(z)), ids), generated=True)
 
     def latent_position_ids(self, grid: tuple[int, int]) -> Tensor:
@@ -193,15 +194,6 @@ class Context:
         if stop_at_eos:
             self.append_ids([*pending, self.tokens.eos])
         return ids
-
-
-def latent_grid(model: Bagel, image_hw: tuple[int, int] | torch.Size) -> tuple[int, int]:
-    """Rows and columns of latent tokens of an image of H x W pixels."""
-    stride = model.config.latent_stride
-    height, width = image_hw
-    if height % stride or width % stride:
-        raise ValueError(f"image {height}x{width} is no multiple of the latent stride {stride}")
-    return height // stride, width // stride
 
 
 def guided_velocity(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2Config, SiglipVisionConfig
 
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer
 from modeling.autoencoder import AutoencoderConfig
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
@@ -66,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     write_tokenizer([*NOISE.values(), *BLUR.values(), *INSTRUCTIONS.values()], args.out)
-    if load_tokenizer(args.out).size > VOCABULARY:
+    if Tokenizer(args.out).size > VOCABULARY:
         raise ValueError(f"the tokenizer outgrows the vocabulary of {VOCABULARY}")
     vae = json.loads((args.vae / "vae_config.json").read_text())
     vae.pop("downsample")

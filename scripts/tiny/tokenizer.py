@@ -15,7 +15,7 @@ VOCABULARY = 512
 
 
 def write_tokenizer(texts: list[str], folder: Path) -> None:
-    """Trains the merges on `texts` and writes the files that `load_tokenizer` reads."""
+    """Trains the merges on `texts` and writes the files that `Tokenizer` reads."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(sorted(set(texts)), vocab_size=256 + MERGES, min_frequency=1)
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,16 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.packer import Packer, PackerConfig, Sample, Segment, TextSegment, VaeSegment, VitSegment  # noqa: E402
 from modeling.bagel.bagel import Bagel, FlowInputs  # noqa: E402
-from modeling.bagel.generation import (  # noqa: E402
-    Context,
-    SamplingConfig,
-    decode_image,
-    latent_grid,
-    sample_latents,
-)
+from modeling.bagel.generation import Context, SamplingConfig, decode_image, sample_latents  # noqa: E402
 from modeling.bagel.losses import CrossEntropy  # noqa: E402
 from modeling.batch import PackedBatch, SpecialTokens  # noqa: E402
-from modeling.geometry import patchify  # noqa: E402
+from modeling.geometry import patchify, token_grid  # noqa: E402
 from modeling.pretrained import load_pretrained  # noqa: E402
 
 CE_WEIGHT = 0.25
@@ -242,7 +236,7 @@ def check_inference(compare: Comparison, model: Bagel, folder: Path) -> None:
     )
     compare.equal("greedy ids", [tokens.bos, *ids], expected_ids)
 
-    grid = latent_grid(model, args["image_shape"])
+    grid = token_grid(args["image_shape"], model.config.latent_stride)
     contexts = context("vae", "vit", "prompt"), context("vae", "vit"), context("prompt")
     common = {
         "num_timesteps": args["num_timesteps"],

@@ -9,8 +9,8 @@ from PIL import Image
 
 from data.packer import Packer, Sample, TextSegment, VaeSegment, VitSegment
 from data.records import RecordError, parse_record
-from data.tasks import restoration_context, restoration_sample
-from data.tokenizer import SPECIAL, load_tokenizer
+from data.tasks import RestorationTask
+from data.tokenizer import SPECIAL, Tokenizer
 from data.transforms import ResizeRule
 from scripts.tiny.tokenizer import write_tokenizer
 from tests.helpers import RULES, TOKENS, image_pm1, pack, packer_config, tiny_config, write_pairs
@@ -179,7 +179,11 @@ def test_tensors_of_a_batch_move_together():
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(["Remove the noise.", "Mild noise."], folder)
-    return load_tokenizer(folder)
+    return Tokenizer(folder)
+
+
+def restoration_task(tokenizer) -> RestorationTask:
+    return RestorationTask(tokenizer, *(ResizeRule(**rule) for rule in RULES.values()))
 
 
 @pytest.mark.parametrize("text", [*SPECIAL, "<|endoftext|>", "a <|im_end|> b", "Größe 5 µm\n😀"])
@@ -201,19 +205,19 @@ def test_special_tokens_of_a_tokenizer(tokenizer):
 
 def test_tokenizers_that_do_not_fit(tmp_path):
     with pytest.raises(FileNotFoundError, match="no tokenizer"):
-        load_tokenizer(tmp_path)
+        Tokenizer(tmp_path)
     write_tokenizer(["x"], tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (tmp_path / name).read_text()
         (tmp_path / name).write_text(text.replace("<|vision_end|>", "<|other|>"))
     with pytest.raises(ValueError, match=r"lacks \['<\|vision_end\|>'\]"):
-        load_tokenizer(tmp_path)
+        Tokenizer(tmp_path)
 
 
 def test_restoration_sample(tokenizer, tmp_path):
     line = write_pairs(tmp_path, 1).read_text()
-    rules = [ResizeRule(**RULES[key]) for key in RULES]
-    sample = restoration_sample(parse_record(line, "f:1"), tmp_path, tokenizer, *rules, True)
+    task = restoration_task(tokenizer)
+    sample = task.sample(parse_record(line, "f:1"), tmp_path)
     vae, vit, prompt, answer, target = sample.segments
     assert sample.name == "f:1"
     assert (vae.image_pm1.shape, vit.image_pm1.shape) == ((3, 16, 16), (3, 28, 28))
@@ -222,7 +226,7 @@ def test_restoration_sample(tokenizer, tmp_path):
     assert (answer.ids, answer.answer) == (tokenizer.encode("Mild."), True)
     assert target.target and not torch.equal(target.image_pm1, vae.image_pm1)
     with Image.open(tmp_path / "images" / "0_input.png") as degraded:
-        context = restoration_context(degraded.convert("RGB"), "Remove it.", tokenizer, *rules)
+        context = task.context(degraded.convert("RGB"), "Remove it.")
     assert torch.equal(context[0].image_pm1, vae.image_pm1)
     assert torch.equal(context[1].image_pm1, vit.image_pm1)
     assert context[2].ids == prompt.ids and not any(s.droppable for s in context)
@@ -232,15 +236,22 @@ def test_restoration_of_several_images_takes_the_first(tokenizer, tmp_path):
     record = json.loads(write_pairs(tmp_path, 2).read_text().splitlines()[1])
     for field, kind in (("input_img", "input"), ("output_img", "clean")):
         record[field].append({"path": f"images/0_{kind}.png"})
-    rules = [ResizeRule(**RULES[key]) for key in RULES]
     parsed = parse_record(json.dumps(record), "f:1")
-    sample = restoration_sample(parsed, tmp_path, tokenizer, *rules)
+    sample = restoration_task(tokenizer).sample(parsed, tmp_path)
     assert sample.segments[0].image_pm1.shape == sample.segments[-1].image_pm1.shape == (3, 16, 24)
 
 
 def test_restoration_without_a_clean_image(tokenizer, tmp_path):
     record = json.loads(write_pairs(tmp_path, 1).read_text())
     del record["output_img"]
-    rules = [ResizeRule(**RULES[key]) for key in RULES]
     with pytest.raises(RecordError, match=r"f:1: restoration needs output_img"):
-        restoration_sample(parse_record(json.dumps(record), "f:1"), tmp_path, tokenizer, *rules)
+        restoration_task(tokenizer).sample(parse_record(json.dumps(record), "f:1"), tmp_path)
+
+
+def test_rules_that_do_not_fit_the_model(tokenizer):
+    task = restoration_task(tokenizer)
+    task.require_strides(4, 14)
+    with pytest.raises(ValueError, match="^image_transform_args: image_stride=4 .* model's 8"):
+        task.require_strides(8, 14)
+    with pytest.raises(ValueError, match="^vit_image_transform_args: image_stride=14 .* model's 4"):
+        task.require_strides(4, 4)

@@ -31,9 +31,8 @@ def test_a_good_line(tmp_path):
     path = written(tmp_path / "train.jsonl", json.dumps(GOOD), "", json.dumps(GOOD))
     first, second = read_records(path)
     assert (first.source, second.source) == (f"{path}:1", f"{path}:3")
-    assert (first.input_images, first.output_images) == (("a.png",), ("b.png",))
+    assert (first.input_image, first.output_image) == ("a.png", "b.png")
     assert (first.instruction, first.assessment) == ("Remove it.", "Mild noise.")
-    assert (first.main_task_type, first.degrade_type) == ("denoising", "rician")
     assert first.raw == GOOD
 
 
@@ -50,7 +49,7 @@ def test_the_last_messages_count_and_optional_fields_may_be_absent(tmp_path):
         read_records(path)
     (record_,) = read_records(written(path, json.dumps(record)))
     assert (record_.instruction, record_.assessment) == ("three", "two")
-    assert (record_.output_images, record_.main_task_type) == ((), "unknown")
+    assert record_.output_image is None
 
 
 @pytest.mark.parametrize(

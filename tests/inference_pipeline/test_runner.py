@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from data.transforms import ResizeRule
 from inference_pipeline.metrics import PSNR_OF_EQUAL_IMAGES, psnr_db, scores, ssim
-from inference_pipeline.restorer import DEFAULT_VAE_RULE, Restorer, TextConfig, read_rules
+from inference_pipeline.restorer import DEFAULT_RULES, Restorer, TextConfig
 from inference_pipeline.runner import ResumeError, RunConfig, run, summarise
 from modeling.bagel.generation import SamplingConfig
+from modeling.pretrained import PREPROCESSOR_FILE
 from scripts.tiny.make_pairs import test_records as make_test_records
 
 CHECKPOINT = Path(__file__).parents[2] / "configs" / "tiny" / "checkpoint"
@@ -195,6 +198,10 @@ def test_statistics_without_any_success():
     assert not any(math.isnan(v) for v in summary["overall"].values())
 
 
-def test_rules_come_from_the_folder(tmp_path):
-    assert read_rules(CHECKPOINT)[0].image_stride == 8
-    assert read_rules(tmp_path)[0] == DEFAULT_VAE_RULE
+def test_rules_come_from_the_folder(restorer, tmp_path):
+    assert restorer.task.vae_rule.image_stride == 8
+    skip = shutil.ignore_patterns(PREPROCESSOR_FILE)
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "checkpoint", ignore=skip)
+    task = Restorer.load(folder).task
+    rules = dict(zip(DEFAULT_RULES, (task.vae_rule, task.vit_rule), strict=True))
+    assert rules == {name: ResizeRule(**rule) for name, rule in DEFAULT_RULES.items()}

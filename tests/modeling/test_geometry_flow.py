@@ -40,7 +40,7 @@ def test_unpatchify_inverts_patchify(c, h, w, p):
 
 
 def test_patchify_refuses_a_remainder():
-    with pytest.raises(ValueError, match="29x28 is no multiple of the patch 14"):
+    with pytest.raises(ValueError, match="29x28 is no multiple of the stride 14"):
         patchify(torch.zeros(3, 29, 28), 14)
 
 

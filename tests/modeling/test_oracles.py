@@ -11,9 +11,9 @@ from transformers import Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 from data.packer import Sample, TextSegment, VaeSegment, VitSegment
 from modeling.attention import PackedAttention, grouped_sdpa, packed_attention, split_mask
 from modeling.bagel.bagel import FlowInputs
-from modeling.bagel.generation import Context, latent_grid
+from modeling.bagel.generation import Context
 from modeling.flow import interpolate
-from modeling.geometry import patchify, position_ids
+from modeling.geometry import patchify, position_ids, token_grid
 from tests.helpers import (
     TOKENS,
     VIT,
@@ -186,7 +186,7 @@ def test_cached_equals_uncached(llm, changes):
     hidden = torch.cat([prompt_hidden, answer_hidden])
     torch.testing.assert_close(hidden, out.hidden[-end - len(hidden) : -end], **CLOSE)
 
-    grid = latent_grid(model, size)
+    grid = token_grid(size, model.config.latent_stride)
     z_t = interpolate(z0[-24:], noise[-24:], torch.tensor(t))
     ids = context.latent_position_ids(grid)
     for _ in range(2):  # the cache stays as it is

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from modeling.pretrained import SETTINGS
 from train.arguments import TrainingArguments, parse_arguments
-from train.build import MODEL_OVERRIDES, build_terms
+from train.build import build_terms
 
 
 def yaml_file(path: Path, text: str) -> str:
@@ -139,7 +140,7 @@ def test_files_that_extend_each_other(tmp_path):
         ({"pixel_loss_type": "l3"}, "pixel_loss_type='l3' is none of l1, l2, mse"),
         ({"pixel_loss_max_t": 0}, "pixel_loss_max_t=0.0 is not in (0, 1]"),
         ({"ssim_loss_max_t": 1.5}, "ssim_loss_max_t=1.5 is not in (0, 1]"),
-        ({"lr_scheduler": "linear"}, "lr_scheduler=linear"),
+        ({"lr_scheduler": "linear"}, "lr_scheduler='linear'"),
         ({"ema": 1.0}, "ema=1.0 is no decay in [0, 1)"),
         ({"text_cond_dropout_prob": 1.1}, "text_cond_dropout_prob=1.1 is no probability"),
         ({"vit_cond_dropout_prob": -0.1}, "vit_cond_dropout_prob=-0.1 is no probability"),
@@ -178,5 +179,7 @@ def test_terms_of_a_run():
 
 
 def test_every_model_size_can_be_overridden():
-    args = parse_arguments([])
-    assert all(getattr(args.model, name) is None for name in MODEL_OVERRIDES)
+    defaults = {n.removeprefix("llm_"): v for n, v in parse_arguments([]).flat().items()}
+    values = {name: defaults[name] for name in SETTINGS}
+    ours = {"attention_backend": "sdpa", "freeze_und": False}
+    assert {name: value for name, value in values.items() if value is not None} == ours

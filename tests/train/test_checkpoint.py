@@ -49,7 +49,7 @@ def test_the_newest_are_kept(trainer):
     assert names(trainer.run) == ["0000002", "0000003"]
 
 
-@pytest.mark.parametrize("stage", ["save_pretrained", "save_safetensors", "write_manifest"])
+@pytest.mark.parametrize("stage", ["save_pretrained", "save_file", "write_manifest"])
 def test_a_save_that_is_cut_off_leaves_the_step_before(trainer, monkeypatch, stage):
     trainer.step = 1
     trainer.save()
