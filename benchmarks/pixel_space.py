@@ -27,7 +27,7 @@ from modeling.autoencoder import Autoencoder, AutoencoderConfig  # noqa: E402
 from modeling.bagel.bagel import Bagel  # noqa: E402
 from modeling.bagel.config import BagelConfig  # noqa: E402
 from modeling.bagel.losses import CrossEntropy, LossSet, PixelTerm, SSIMTerm, VelocityMSE  # noqa: E402
-from modeling.bagel.pixel_space import TargetImage, pixel_space_losses  # noqa: E402
+from modeling.bagel.pixel_space import PixelSpace, TargetImage  # noqa: E402
 from modeling.batch import PackedBatch, SpecialTokens  # noqa: E402
 
 T, MAX_T, PATCH = 0.05, 0.3, 2
@@ -90,7 +90,7 @@ def losses_alone(vae: Autoencoder, sizes: list[tuple[int, int]]) -> dict[str, Ca
         torch.autograd.grad(fork_way(vae, wide, rows), velocity)
 
     def ours() -> None:
-        pixel_space_losses(vae, targets, TERMS, velocity, PATCH, 1, False, SCALES)
+        PixelSpace(TERMS, 1, False)(vae, targets, velocity, PATCH, SCALES)
 
     return {"fork": fork, "ours": ours}
 

@@ -37,10 +37,10 @@ def build_trainer(args: RunArguments) -> Trainer:
     terms = build_terms(args.training)
     model.losses = LossSet(
         tuple(term for term, _ in terms),
-        args.training.pixel_loss_chunk_size,
-        args.training.pixel_loss_adaptive_chunk,
-        args.training.pixel_space_balance,
-        all_reduce,
+        chunk_size=args.training.pixel_loss_chunk_size,
+        adaptive_chunk=args.training.pixel_loss_adaptive_chunk,
+        balance=args.training.pixel_space_balance,
+        all_reduce=all_reduce,
     )
     if model.losses.needs_image:
         model.vae.decoder.checkpoint_pixels = args.training.vae_checkpoint_pixels

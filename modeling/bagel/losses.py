@@ -9,10 +9,10 @@ C channels, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +23,13 @@ from ..batch import PackedBatch
 from ..flow import clean_from_velocity
 from ..geometry import unpatchify
 from .pixel_space import (
-    JOINT,
     ImageLoss,
-    KnownGradient,
+    PixelSpace,
     PixelSpaceTerm,
     PixelTerm,
     SSIMTerm,
     TargetImage,
     _scale_gradient,
-    pixel_space_losses,
 )
 from .ssim import gaussian_window, ssim_per_image
 
@@ -173,30 +171,18 @@ class VelocityMSE(TokenTerm):
 
 
 class LossSet:
-    """The configured terms, in order. Adding a loss: one class, one argument.
+    """The configured terms. Adding a loss: one class, one argument.
 
-    Pixel-space terms share one decode of `chunk_size` images at a time; `adaptive_chunk` replaces
-    that number by 1, 2 or 4 for large, medium and small images.
-
-    `balance` rescales the gradient of all pixel-space terms at the predicted velocity so that its
-    norm is `balance` times that of the velocity's squared error (the idea of the adaptive weight
-    in Esser et al. 2021, VQGAN). Norms are those of the batch on all ranks: `all_reduce` sums a
-    tensor over them.
+    `pixel_space` are the settings of `PixelSpace`, which computes all terms of decoded images.
     """
 
     def __init__(
-        self,
-        terms: tuple[Term, ...] = (CrossEntropy(), VelocityMSE()),
-        chunk_size: int = 2,
-        adaptive_chunk: bool = True,
-        balance: float | None = None,
-        all_reduce: Callable[[Tensor], Tensor] = lambda norms: norms,
+        self, terms: tuple[Term, ...] = (CrossEntropy(), VelocityMSE()), **pixel_space: Any
     ) -> None:
+        self.terms = terms
         self.token_terms = [term for term in terms if isinstance(term, TokenTerm)]
         self.pixel_terms = [term for term in terms if isinstance(term, PixelSpaceTerm)]
-        self.terms = terms
-        self.chunk_size, self.adaptive_chunk = chunk_size, adaptive_chunk
-        self.balance, self.all_reduce = balance, all_reduce
+        self.pixel_space = PixelSpace(self.pixel_terms, **pixel_space)
 
     @property
     def needs_image(self) -> bool:
@@ -230,65 +216,31 @@ class LossSet:
                 for term in self.token_terms
                 if term.name in counts
             }
-            if self.pixel_terms:
-                terms |= self._pixel_space(out, counts, scales, observe)
-        return terms
-
-    def _pixel_space(
-        self,
-        out: StepOutputs,
-        counts: Mapping[str, float],
-        scales: Mapping[str, float] | None,
-        observe: bool,
-    ) -> dict[str, LossTerm]:
-        terms = [term for term in self.pixel_terms if term.name in counts]
-        names = [term.name for term in terms]
-        joint = scales if len(terms) > 1 and not observe else None
-        losses = pixel_space_losses(
-            out.model.vae,
-            out.target_images,
-            terms,
-            out.velocity_pred,
-            out.model.config.latent_patch_size,
-            self.chunk_size,
-            self.adaptive_chunk,
-            joint,
-        )
-        gradients = losses.gradients
-        if self.balance is not None:
-            factor = self._balance_factor(out, gradients, scales)
-            gradients = {key: factor * gradient for key, gradient in gradients.items()}
-        if not terms:
-            return {}
-        sums = KnownGradient.apply(
-            out.velocity_pred,
-            torch.stack(list(losses.sums.values())),
-            torch.stack(list(gradients.values())),
-            out.velocity_pred.new_tensor([joint[name] for name in names]) if joint else None,
-        )
-        return {
+            if not self.pixel_terms:
+                return terms
+            reference = None
+            if self.pixel_space.balance is not None and scales is not None:
+                reference = scales.get("mse", 0.0) * VelocityMSE().gradient(out)
+            # Also without images: other ranks may have some, and balance is a collective.
+            losses = self.pixel_space(
+                out.model.vae,
+                out.target_images,
+                out.velocity_pred,
+                out.model.config.latent_patch_size,
+                scales,
+                observe,
+                reference,
+            )
+        return terms | {
             name: LossTerm(
-                sums[k],
+                total,
                 counts[name],
                 tuple(losses.images[name]),
-                gradients[name] if observe else None,
+                losses.gradients[name] if observe else None,
             )
-            for k, name in enumerate(names)
+            for name, total in losses.sums.items()
+            if name in counts
         }
-
-    def _balance_factor(
-        self, out: StepOutputs, gradients: Mapping[str, Tensor], scales: Mapping[str, float] | None
-    ) -> Tensor:
-        """Scalar, 0 where there is no gradient to rescale. Every rank enters its collective."""
-        if scales is None:
-            raise ValueError("pixel_space_balance: pass the scales of the sums to the forward")
-        mse = scales.get("mse", 0.0) * VelocityMSE().gradient(out)
-        own = torch.zeros_like(mse)
-        for key, gradient in gradients.items():
-            own += gradient if key == JOINT else scales[key] * gradient
-        squares = self.all_reduce(torch.stack([own.square().sum(), mse.square().sum()]))
-        own_norm, mse_norm = squares.sqrt()
-        return torch.where(own_norm > 0, self.balance * mse_norm / own_norm, 0.0)
 
 
 def _gaussian_window(window_size: int, sigma: float = 1.5) -> Tensor:

@@ -12,7 +12,7 @@ D numbers in a latent token, Z latent channels.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,8 +71,8 @@ class PixelSpaceTerm:
         """(B,) sums over the elements of (B, 3, H, W) images, before the gate."""
         raise NotImplementedError
 
-    def gradient_limit(self) -> float | None:
-        """Largest absolute gradient that `losses` lets through at an element of the image."""
+    def clamped_share(self, gradient: Tensor) -> Tensor | None:
+        """(B,) share of the elements of the gradient (B, 3, H, W) that are at their limit."""
         return None
 
     def count(self, batch: PackedBatch, timestep_shift: float) -> float | None:
@@ -131,8 +131,11 @@ class SSIMTerm(PixelSpaceTerm):
         )
         return pred_01.shape[-2] * pred_01.shape[-1] * (1 - ssim)
 
-    def gradient_limit(self) -> float | None:
-        return None if self.grad_clamp is None else self.grad_clamp * self.grad_scale
+    def clamped_share(self, gradient: Tensor) -> Tensor | None:
+        if self.grad_clamp is None:
+            return None
+        limit = self.grad_clamp * self.grad_scale
+        return (gradient.abs() >= limit).float().mean((1, 2, 3))
 
 
 class _GradientScale(torch.autograd.Function):
@@ -155,78 +158,123 @@ def _scale_gradient(x: Tensor, scale: float, clamp: float | None = None) -> Tens
 
 @dataclass(frozen=True)
 class PixelSpaceLosses:
-    """The terms of one batch."""
+    """The terms of one batch by name."""
 
     sums: dict[str, Tensor]
-    """Float32 scalars without a graph."""
+    """Float32 scalars."""
     images: dict[str, list[ImageLoss]]
     gradients: dict[str, Tensor]
     """(M, D) gradient of each sum at the predicted velocity, or, under `JOINT`, that of
     sum(scale * sum)."""
 
 
-def pixel_space_losses(
-    vae: Autoencoder,
-    targets: Sequence[TargetImage],
-    terms: Sequence[PixelSpaceTerm],
-    velocity_pred: Tensor,
-    patch: int,
-    chunk_size: int = 2,
-    adaptive_chunk: bool = True,
-    scales: Mapping[str, float] | None = None,
-) -> PixelSpaceLosses:
-    """Decodes every image that a term gates, once and at its own size, and takes the gradients.
+@dataclass(frozen=True)
+class PixelSpace:
+    """Computes pixel-space terms.
 
-    `velocity_pred` (M, D) float32 is what `targets` were predicted with; gradients are taken if it
-    has a graph. With `scales` all terms share one backward through the decoder.
+    Images of one size are decoded `chunk_size` at a time, or, with `adaptive_chunk`, 1, 2 or 4
+    large, medium or small ones; nothing is padded.
+
+    `balance` rescales the gradient of all terms at the predicted velocity so that its norm is
+    `balance` times that of the reference (the idea of the adaptive weight of Esser et al. 2021,
+    VQGAN). Norms are those of the batch on all ranks: `all_reduce` sums a tensor over them.
     """
-    names = [term.name for term in terms]
-    losses = PixelSpaceLosses(
-        sums={name: velocity_pred.new_zeros(()) for name in names},
-        images={name: [] for name in names},
-        gradients={
-            key: torch.zeros_like(velocity_pred, requires_grad=False)
-            for key in ([JOINT] if scales else names)
-        },
-    )
-    differentiate = velocity_pred.requires_grad and torch.is_grad_enabled()
-    gated = [target for target in targets if any(target.t < term.max_t for term in terms)]
-    for chunk in _chunks(gated, chunk_size, adaptive_chunk):
-        latents = torch.stack([target.latent for target in chunk]).requires_grad_(differentiate)
-        true_01 = 0.5 * torch.stack([target.image_pm1 for target in chunk]) + 0.5
-        decoded_01 = 0.5 * vae.decode(latents) + 0.5
-        pred_01 = decoded_01.detach().requires_grad_(differentiate)
-        at_image: dict[str, Tensor] = {}
-        for term in terms:
-            gates = [gate(target.t, term.max_t) for target in chunk]
-            if not any(gates):
-                continue
-            weights = true_01.new_tensor(gates)
-            per_image = term.losses(pred_01, true_01)
-            losses.sums[term.name].add_((weights * per_image.detach()).sum())
-            cut = None
-            if differentiate:
-                (gradient,) = torch.autograd.grad(per_image.sum(), pred_01)
-                if (limit := term.gradient_limit()) is not None:
-                    cut = (gradient.abs() >= limit).float().mean((1, 2, 3))
-                weighted = weights[:, None, None, None] * gradient
-                if scales:
-                    at_image[JOINT] = at_image.get(JOINT, 0.0) + scales[term.name] * weighted
-                else:
-                    at_image[term.name] = weighted
-            means = per_image.detach() / (term.elements_per_pixel * true_01[0, 0].numel())
-            losses.images[term.name] += [
-                ImageLoss(target, gates[i], means[i], None if cut is None else cut[i])
-                for i, target in enumerate(chunk)
-                if gates[i] > 0
-            ]
-        for n, (key, gradient) in enumerate(at_image.items(), 1):
-            keep = n < len(at_image)
-            (at_latents,) = torch.autograd.grad(decoded_01, latents, gradient, retain_graph=keep)
-            for target, at_latent in zip(chunk, at_latents, strict=True):
-                # The clean latent is z_t - t v.
-                losses.gradients[key][target.tokens] = -target.t * patchify(at_latent, patch)
-    return losses
+
+    terms: Sequence[PixelSpaceTerm]
+    chunk_size: int = 2
+    adaptive_chunk: bool = True
+    balance: float | None = None
+    all_reduce: Callable[[Tensor], Tensor] = lambda norms: norms
+
+    def __call__(
+        self,
+        vae: Autoencoder,
+        targets: Sequence[TargetImage],
+        velocity_pred: Tensor,
+        patch: int,
+        scales: Mapping[str, float] | None = None,
+        observe: bool = False,
+        reference: Tensor | None = None,
+    ) -> PixelSpaceLosses:
+        """The sums with their gradients at `velocity_pred`, (M, D) float32.
+
+        `scales` are the factors of the sums in the total. With them, and unless `observe` asks for
+        the gradient of each, all terms share one backward through the decoder. `reference` (M, D)
+        is the scaled gradient that `balance` compares with.
+        """
+        joint = scales if len(self.terms) > 1 and not observe else None
+        losses = self._decode_and_differentiate(vae, targets, velocity_pred, patch, joint)
+        gradients, factors = losses.gradients, None
+        if self.balance is not None:
+            if scales is None or reference is None:
+                raise ValueError("pixel_space_balance: pass the scales of the sums to the forward")
+            own = torch.zeros_like(reference)
+            for key, gradient in gradients.items():
+                own += gradient if key == JOINT else scales[key] * gradient
+            squares = torch.stack([own.square().sum(), reference.square().sum()])
+            own_norm, reference_norm = self.all_reduce(squares).sqrt()
+            factor = torch.where(own_norm > 0, self.balance * reference_norm / own_norm, 0.0)
+            gradients = {key: factor * gradient for key, gradient in gradients.items()}
+        if joint is not None:
+            factors = velocity_pred.new_tensor([joint[name] for name in losses.sums])
+        values, known = (torch.stack([*x.values()]) for x in (losses.sums, gradients))
+        sums = _KnownGradient.apply(velocity_pred, values, known, factors)
+        return PixelSpaceLosses(dict(zip(losses.sums, sums, strict=True)), losses.images, gradients)
+
+    def _decode_and_differentiate(
+        self,
+        vae: Autoencoder,
+        targets: Sequence[TargetImage],
+        velocity_pred: Tensor,
+        patch: int,
+        joint: Mapping[str, float] | None,
+    ) -> PixelSpaceLosses:
+        """Sums without their graph. Every image that a term gates is decoded once."""
+        names = [term.name for term in self.terms]
+        losses = PixelSpaceLosses(
+            sums={name: velocity_pred.new_zeros(()) for name in names},
+            images={name: [] for name in names},
+            gradients={
+                key: torch.zeros_like(velocity_pred, requires_grad=False)
+                for key in ([JOINT] if joint else names)
+            },
+        )
+        differentiate = velocity_pred.requires_grad and torch.is_grad_enabled()
+        gated = [target for target in targets if any(target.t < x.max_t for x in self.terms)]
+        for chunk in _chunks(gated, self.chunk_size, self.adaptive_chunk):
+            latents = torch.stack([target.latent for target in chunk])
+            true_01 = 0.5 * torch.stack([target.image_pm1 for target in chunk]) + 0.5
+            decoded_01 = 0.5 * vae.decode(latents.requires_grad_(differentiate)) + 0.5
+            pred_01 = decoded_01.detach().requires_grad_(differentiate)
+            at_image: dict[str, Tensor] = {}
+            for term in self.terms:
+                gates = [gate(target.t, term.max_t) for target in chunk]
+                if not any(gates):
+                    continue
+                weights, clamped = true_01.new_tensor(gates), None
+                per_image = term.losses(pred_01, true_01)
+                losses.sums[term.name].add_((weights * per_image.detach()).sum())
+                if differentiate:
+                    (gradient,) = torch.autograd.grad(per_image.sum(), pred_01)
+                    clamped = term.clamped_share(gradient)
+                    key, scale = (JOINT, joint[term.name]) if joint else (term.name, 1.0)
+                    weighted = scale * weights[:, None, None, None] * gradient
+                    at_image[key] = at_image[key] + weighted if key in at_image else weighted
+                means = per_image.detach() / (term.elements_per_pixel * true_01[0, 0].numel())
+                losses.images[term.name] += [
+                    ImageLoss(target, gates[i], means[i], None if clamped is None else clamped[i])
+                    for i, target in enumerate(chunk)
+                    if gates[i] > 0
+                ]
+            for n, (key, gradient) in enumerate(at_image.items(), 1):
+                keep = n < len(at_image)
+                (at_latents,) = torch.autograd.grad(
+                    decoded_01, latents, gradient, retain_graph=keep
+                )
+                for target, at_latent in zip(chunk, at_latents, strict=True):
+                    # The clean latent is z_t - t v.
+                    losses.gradients[key][target.tokens] = -target.t * patchify(at_latent, patch)
+        return losses
 
 
 def _chunks(
@@ -243,7 +291,7 @@ def _chunks(
             yield members[first : first + chunk_size]
 
 
-class KnownGradient(torch.autograd.Function):
+class _KnownGradient(torch.autograd.Function):
     """(K,) sums whose gradients at the predicted velocity were computed together with them.
 
     `gradients` (K, M, D); or (1, M, D), the gradient of sum(scales * sums), which is all that a

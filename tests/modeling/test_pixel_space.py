@@ -218,11 +218,6 @@ def test_the_clamp_acts_between_decoder_and_ssim_and_nowhere_else(model, out):
     assert first == 3 and clamped["pixel"].images[0].clamped_share is None
 
 
-def test_the_clamp_comes_before_the_scale():
-    limits = [SSIMTerm(grad_clamp=0.5, grad_scale=s).gradient_limit() for s in (1.0, 0.1)]
-    assert limits == [0.5, 0.05] and SSIMTerm().gradient_limit() is None
-
-
 @pytest.mark.parametrize("observe", [False, True])
 def test_balance_sets_the_ratio_of_norms_and_no_value(model, out, observe):
     plain = LossSet(TERMS)(out, SCALES, observe)
