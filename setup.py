@@ -7,6 +7,7 @@ DEMO = [
     "nibabel==5.4.2",
     "nilearn==0.14.1",
     "pydicom==3.0.2",
+    "scipy==1.17.1",
     "tokenizers==0.23.3",
 ]
 

@@ -29,3 +29,4 @@ rm -rf "$out"
 python -m scripts.tiny.make_pairs --out "$out/data" --train 2000 --sigma 0.2 --factor 8
 run ssim_v3_low_t ssim_v3 --pixel_space_t_fraction=0.25
 run ssim_v1 ssim_v1
+python -m scripts.experiments.compare_losses --out "$out" --stability
