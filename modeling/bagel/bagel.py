@@ -21,6 +21,9 @@ from .modeling_utils import MLPConnector, PositionEmbedding, TimestepEmbedder
 from .qwen2_navit import ExpertOrder, Qwen2ForCausalLM
 from .siglip_navit import SiglipNavitModel
 
+ENCODED_PIXELS = 1024 * 1024
+"""Pixels that the encoder sees at one time, or one image if that is larger."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlowInputs(TensorRecord):
@@ -106,14 +109,18 @@ class Bagel(nn.Module):
         """Latents (Z, h, w) float32 of images (3, H, W) in [-1, 1], each at its own size.
 
         Posterior means, or samples with `noise` of the latents' shapes. Same-size images share
-        one pass; nothing is padded, because the encoder's norms would see the padding.
+        passes of up to `ENCODED_PIXELS`; nothing is padded, because the encoder's norms would see
+        the padding.
         """
         latents: dict[int, Tensor] = {}
         for shape in {image.shape for image in images_pm1}:
-            members = [i for i, image in enumerate(images_pm1) if image.shape == shape]
-            stacked = torch.stack([images_pm1[i] for i in members])
-            drawn = None if noise is None else torch.stack([noise[i] for i in members])
-            latents.update(zip(members, self.vae.encode(stacked, drawn), strict=True))
+            same = [i for i, image in enumerate(images_pm1) if image.shape == shape]
+            at_once = max(1, ENCODED_PIXELS // (shape[-2] * shape[-1]))
+            for first in range(0, len(same), at_once):
+                members = same[first : first + at_once]
+                stacked = torch.stack([images_pm1[i] for i in members])
+                drawn = None if noise is None else torch.stack([noise[i] for i in members])
+                latents.update(zip(members, self.vae.encode(stacked, drawn), strict=True))
         return [latents[i] for i in range(len(images_pm1))]
 
     def flow_inputs(self, vae: VaeImages) -> FlowInputs:

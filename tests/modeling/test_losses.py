@@ -12,7 +12,7 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from data.packer import Packer, Sample, TextSegment, VaeSegment
-from modeling.bagel import losses
+from modeling.bagel import bagel, losses
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.losses import (
     CrossEntropy,
@@ -286,6 +286,16 @@ def test_latents_are_posterior_samples_of_each_images_own_noise(model):
         mean, log_variance = model.vae.encoder(batch.vae.images[0][None])[0].chunk(2)
     latent = 0.3611 * (mean + (0.5 * log_variance).exp() * noise - 0.1159)
     torch.testing.assert_close(z0, patchify(latent, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_encoding_in_passes_changes_nothing(model):
+    images = [image_pm1(*size, seed) for seed, size in enumerate([(16, 24)] * 5 + [(20, 20)])]
+    expected = [model.vae.encode(image[None])[0] for image in images]
+    budget = mock.patch.object(bagel, "ENCODED_PIXELS", 2 * 16 * 24)
+    with budget, mock.patch.object(model.vae, "encode", wraps=model.vae.encode) as encode:
+        found = model.encode_images(images)
+    assert sorted(len(call.args[0]) for call in encode.call_args_list) == [1, 1, 2, 2]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_decoded_images_are_float32_in_a_bfloat16_model(batch):
