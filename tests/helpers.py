@@ -98,6 +98,18 @@ def restoration(
     return Sample(name, segments)
 
 
+MIXED_SAMPLES = (
+    restoration("a", size=(16, 24)),
+    restoration("b", size=(24, 16), answer=None),
+    restoration("c", size=(16, 24), prompt=(7,)),
+    restoration("d", size=(12, 20)),
+    restoration("e", size=(20, 20)),
+)
+"""Several sizes, with and without an answer."""
+MIXED_TIMES = {"a": 0.1, "b": 0.29, "c": 0.02, "d": 0.15, "e": 0.8}
+"""Times of their targets, within and beyond the gates of the tests."""
+
+
 def packer_config(config: BagelConfig, **changes: Any) -> PackerConfig:
     """The model's sizes, without dropout unless asked for."""
     dropout = {f"{kind}_cond_dropout_prob": 0.0 for kind in ("text", "vae", "vit")}

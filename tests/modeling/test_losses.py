@@ -34,17 +34,17 @@ from modeling.bagel.losses import (
 from modeling.batch import PackedBatch
 from modeling.flow import gate
 from modeling.geometry import patchify, unpatchify
-from tests.helpers import TOKENS, image_pm1, pack, packer_config, restoration, tiny_model
+from tests.helpers import (
+    MIXED_SAMPLES,
+    MIXED_TIMES,
+    TOKENS,
+    image_pm1,
+    pack,
+    packer_config,
+    tiny_model,
+)
 
 ALL = LossSet((CrossEntropy(), VelocityMSE(), PixelTerm(1, 0.3), SSIMTerm(0.2, 11, 1.0)))
-SAMPLES = (
-    restoration("a", size=(16, 24)),
-    restoration("b", size=(24, 16), answer=None),
-    restoration("c", size=(16, 24), prompt=(7,)),
-    restoration("d", size=(12, 20)),
-    restoration("e", size=(20, 20)),
-)
-TIMES = {"a": 0.1, "b": 0.29, "c": 0.02, "d": 0.15, "e": 0.8}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def model() -> Bagel:
 
 @pytest.fixture(scope="module")
 def batch(model: Bagel) -> PackedBatch:
-    return pack(model.config, *SAMPLES, times=TIMES)
+    return pack(model.config, *MIXED_SAMPLES, times=MIXED_TIMES)
 
 
 def skimage_ssim(pred: Tensor, true: Tensor) -> float:
@@ -129,7 +129,7 @@ def test_token_terms_are_the_formulas(model, batch):
 
 def test_answer_weights(model):
     packer = Packer(packer_config(model.config), TOKENS)
-    for sample, weight in zip(SAMPLES[::2], (0.125, 0.25, 0.0), strict=True):
+    for sample, weight in zip(MIXED_SAMPLES[::2], (0.125, 0.25, 0.0), strict=True):
         packer.add(sample, torch.Generator().manual_seed(0), answer_weight=weight)
     weighted = packer.build()
     out = model.step_outputs(weighted)
@@ -216,7 +216,7 @@ def test_only_pixel_space_terms_need_the_decoder(model, batch):
 
 
 def test_no_gated_image_is_exactly_zero_with_a_graph(model):
-    late = pack(model.config, *SAMPLES, times=dict.fromkeys(TIMES, 0.3))
+    late = pack(model.config, *MIXED_SAMPLES, times=dict.fromkeys(MIXED_TIMES, 0.3))
     with mock.patch.object(model.vae, "decode", side_effect=AssertionError):
         terms = model(late)
     for name in ("pixel", "ssim"):
@@ -258,7 +258,7 @@ def test_micro_batches_change_neither_loss_nor_gradient(model, batch):
     for splits in ((1, 4), (3, 2), (2, 2, 1)):
         parts, first = [], 0
         for n in splits:
-            parts.append(pack(model.config, *SAMPLES[first : first + n], times=TIMES))
+            parts.append(pack(model.config, *MIXED_SAMPLES[first : first + n], times=MIXED_TIMES))
             first += n
         split_values, split_gradients = weighed_gradients(model, parts)
         assert split_values == pytest.approx(values, rel=1e-6)
@@ -266,8 +266,8 @@ def test_micro_batches_change_neither_loss_nor_gradient(model, batch):
 
 
 def test_flow_inputs_do_not_depend_on_the_packing(model):
-    alone = pack(model.config, SAMPLES[0])
-    second = pack(model.config, SAMPLES[1], SAMPLES[2], SAMPLES[0])
+    alone = pack(model.config, MIXED_SAMPLES[0])
+    second = pack(model.config, MIXED_SAMPLES[1], MIXED_SAMPLES[2], MIXED_SAMPLES[0])
     assert alone.vae.time_logits == second.vae.time_logits[-2:]
     flows = model.flow_inputs(alone.vae), model.flow_inputs(second.vae)
     last = len(flows[0].noise)
@@ -278,7 +278,7 @@ def test_flow_inputs_do_not_depend_on_the_packing(model):
 
 
 def test_latents_are_posterior_samples_of_each_images_own_noise(model):
-    batch = pack(model.config, SAMPLES[0])
+    batch = pack(model.config, MIXED_SAMPLES[0])
     z0 = model.flow_inputs(batch.vae).z0[:24]
     generator = torch.Generator().manual_seed(batch.vae.noise_seeds[0])
     noise = torch.randn(4, 8, 12, generator=generator)

@@ -22,16 +22,8 @@ from modeling.bagel.losses import (
 from modeling.batch import PackedBatch
 from modeling.flow import gate
 from modeling.geometry import unpatchify
-from tests.helpers import pack, restoration, tiny_model
+from tests.helpers import MIXED_SAMPLES, MIXED_TIMES, pack, restoration, tiny_model
 
-SAMPLES = (
-    restoration("a", size=(16, 24)),
-    restoration("b", size=(24, 16), answer=None),
-    restoration("c", size=(16, 24), prompt=(7,)),
-    restoration("d", size=(12, 20)),
-    restoration("e", size=(20, 20)),
-)
-TIMES = {"a": 0.1, "b": 0.29, "c": 0.02, "d": 0.15, "e": 0.8}
 TERMS = (CrossEntropy(), VelocityMSE(), PixelTerm(2, 0.3), SSIMTerm(0.2, 11, 0.5))
 SCALES = {"ce": 0.1, "mse": 0.02, "pixel": 3e-4, "ssim": 2e-3}
 
@@ -43,7 +35,7 @@ def model() -> Bagel:
 
 @pytest.fixture(scope="module")
 def batch(model: Bagel) -> PackedBatch:
-    return pack(model.config, *SAMPLES, times=TIMES)
+    return pack(model.config, *MIXED_SAMPLES, times=MIXED_TIMES)
 
 
 @pytest.fixture
@@ -132,17 +124,17 @@ def test_a_shared_backward_is_the_sum_of_single_ones(model, out):
 def test_images_are_decoded_as_if_alone_whatever_the_chunks(model, batch):
     """Equal sizes share a decode, nothing is padded: to 1e-6 what each image gives by itself."""
     alone = {}
-    for name in TIMES:
-        sample = next(s for s in SAMPLES if s.name == name)
-        one = pack(model.config, sample, times=TIMES)
+    for name in MIXED_TIMES:
+        sample = next(s for s in MIXED_SAMPLES if s.name == name)
+        one = pack(model.config, sample, times=MIXED_TIMES)
         alone[name] = {n: t.images for n, t in LossSet(TERMS)(model.step_outputs(one)).items()}
     for settings in ({}, {"chunk_size": 1, "adaptive_chunk": False}):
         terms = LossSet(TERMS, **settings)(model.step_outputs(batch))
         for name, max_t in (("pixel", 0.3), ("ssim", 0.2)):
             found = {seen.image.name: seen for seen in terms[name].images}
-            assert set(found) == {n for n, t in TIMES.items() if t < max_t}
+            assert set(found) == {n for n, t in MIXED_TIMES.items() if t < max_t}
             for image, seen in found.items():
-                assert seen.gate == pytest.approx(gate(TIMES[image], max_t))
+                assert seen.gate == pytest.approx(gate(MIXED_TIMES[image], max_t))
                 expected = alone[image][name][0].loss.item()
                 assert seen.loss.item() == pytest.approx(expected, abs=1e-6, rel=1e-5)
 
@@ -178,7 +170,7 @@ def test_large_images_are_decoded_fewer_at_a_time(size, expected):
 def test_the_gate_is_not_cancelled_by_a_single_image(model):
     found = {}
     for t in (0.05, 0.15):
-        one = pack(model.config, SAMPLES[0], times={"a": t})
+        one = pack(model.config, MIXED_SAMPLES[0], times={"a": t})
         term = LossSet(TERMS)(model.step_outputs(one))["ssim"]
         (seen,) = term.images
         found[t] = (term.sum / term.count).item()
@@ -235,7 +227,7 @@ def test_balance_sets_the_ratio_of_norms_and_no_value(model, out, observe):
 def test_balance_asks_for_scales_and_leaves_zero_alone(model, out):
     with pytest.raises(ValueError, match="pass the scales"):
         LossSet(TERMS, balance=0.25)(out)
-    late = pack(model.config, *SAMPLES, times=dict.fromkeys(TIMES, 0.3))
+    late = pack(model.config, *MIXED_SAMPLES, times=dict.fromkeys(MIXED_TIMES, 0.3))
     terms = LossSet(TERMS, balance=0.25)(model.step_outputs(late), SCALES)
     pixel_space = total({n: terms[n] for n in ("pixel", "ssim")}, SCALES)
     (by_bias,) = torch.autograd.grad(pixel_space, model.llm2vae.bias)
