@@ -155,7 +155,10 @@ class Decoder(nn.Module):
         pixels = z.shape[-2] * z.shape[-1] * self.downsample**2
         recomputed = 2 if pixels >= self.checkpoint_pixels and torch.is_grad_enabled() else 0
         for i, level in reversed(list(enumerate(self.up))):
-            h = checkpoint(level, h, use_reentrant=False) if i < recomputed else level(h)
+            # Layer by layer: recomputing a whole level at once would need its memory again.
+            blocks, *resample = level.children()
+            for layer in (*blocks.children(), *resample):
+                h = checkpoint(layer, h, use_reentrant=False) if i < recomputed else layer(h)
         # Rounding the image to bf16 alone moves 1 - SSIM by half on low-contrast images, so the
         # output layers leave autocast and run in fp32.
         with torch.autocast(h.device.type, enabled=False):

@@ -145,7 +145,7 @@ class TrainingArguments:
     """Share of the target images drawn with t uniform in (0, the largest active max_t]."""
     pixel_space_balance: float | None = None
     """Norm of the pixel-space gradient at the velocity over that of MSE; None: by the weights."""
-    pixel_space_max_ratio: float = 10.0
+    pixel_space_max_ratio: float = 1.0
     """The same ratio of a single term from which a warning is printed."""
     pixel_space_unseen_steps: int = 500
     """Steps after which a term that has seen no image is warned of."""

@@ -18,8 +18,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from scipy.ndimage import correlate1d  # noqa: E402
+
+from inference_pipeline.restorer import Restorer  # noqa: E402
+from modeling.bagel.ssim import ssim_per_image  # noqa: E402
+from scripts.experiments.ssim_gradient import denoising_batch  # noqa: E402
+from scripts.tiny.images import held_out_slices  # noqa: E402
 
 SETTINGS = {
     "none": "none (MSE alone)",
@@ -88,6 +94,10 @@ def log_lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def _seeds(out: Path, name: str) -> list[Path]:
+    return sorted(p for p in (out / name).iterdir() if p.is_dir())
+
+
 def _spread(values: list[float], digits: int) -> str:
     mean = statistics.mean(values)
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -101,7 +111,7 @@ def comparison_table(out: Path) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, title in SETTINGS.items():
-        seeds = sorted(p for p in (out / name).iterdir() if p.is_dir())
+        seeds = _seeds(out, name)
         step_seconds, ratios = [], []
         for seed in seeds:
             lines = log_lines(seed / "run")
@@ -123,23 +133,48 @@ def comparison_table(out: Path) -> str:
     return "\n".join(rows)
 
 
+def one_step_table(out: Path) -> str:
+    """SSIM of the clean image that one velocity at time t implies, from the truly noised truth."""
+    times, slices = (0.02, 0.05, 0.1, 0.3), held_out_slices()[::4]
+    rows = [f"| loss | {' | '.join(f't = {t}' for t in times)} |", "|---" * 5 + "|"]
+    for name, title in SETTINGS.items():
+        cells = []
+        for t in times:
+            means = []
+            for seed in _seeds(out, name):
+                restorer = Restorer.load(next((seed / "run").glob("0*")))
+                found = [one_step_ssim(restorer, clean, t, k) for k, clean in enumerate(slices)]
+                means.append(statistics.mean(found))
+            cells.append(_spread(means, 3))
+        rows.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+@torch.no_grad()
+def one_step_ssim(restorer: Restorer, clean: np.ndarray, t: float, seed: int) -> float:
+    batch = denoising_batch(restorer, clean, 0.2, "Very strong noise.", t, seed)
+    (image,) = restorer.model.step_outputs(batch).target_images
+    pred = 0.5 * restorer.model.vae.decode(image.latent[None]) + 0.5
+    return ssim_per_image(pred, 0.5 * image.image_pm1[None] + 0.5).item()
+
+
 def comparison_plot(out: Path, path: Path) -> None:
     """PSNR and SSIM of every setting, seeds as points, by task and Euler steps."""
-    tasks = list(scores(next((out / "none").iterdir()) / "restored_2"))
+    tasks = list(scores(_seeds(out, "none")[0] / "restored_2"))
     figure, axes = plt.subplots(2, 4, figsize=(14, 6), sharey=True)
     for column, (task, timesteps) in enumerate((t, n) for t in tasks for n in STEPS):
         for row, key in enumerate(("psnr", "ssim")):
             axis = axes[row, column]
             for y, name in enumerate(SETTINGS):
                 values = [
-                    scores(seed / f"restored_{timesteps}")[task][key]
-                    for seed in sorted((out / name).iterdir())
+                    scores(seed / f"restored_{timesteps}")[task][key] for seed in _seeds(out, name)
                 ]
                 axis.plot(values, [y] * len(values), "o", alpha=0.6, color="tab:blue")
                 axis.plot(statistics.mean(values), y, "|", color="black", markersize=16)
             axis.set_title(f"{task}, {STEPS[timesteps]} steps: {key.upper()}", fontsize=9)
             axis.grid(alpha=0.3)
-    axes[0, 0].set_yticks(range(len(SETTINGS)), SETTINGS.values(), fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_yticks(range(len(SETTINGS)), SETTINGS.values(), fontsize=8)
     axes[0, 0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -190,6 +225,8 @@ def main() -> None:
     parser.add_argument("--stability", action="store_true")
     args = parser.parse_args()
     text = stability_table(args.out) if args.stability else comparison_table(args.out)
+    if not args.stability:
+        text += f"\n\n{one_step_table(args.out)}"
     (args.out / "table.md").write_text(text + "\n")
     (stability_plot if args.stability else comparison_plot)(args.out, args.out / "plot.png")
     print(text)

@@ -24,6 +24,7 @@ from data.degradations import rician_noise  # noqa: E402
 from data.packer import Packer, PackerConfig, Sample, TextSegment, VaeSegment  # noqa: E402
 from inference_pipeline.restorer import Restorer  # noqa: E402
 from modeling.bagel.ssim import ssim_per_image  # noqa: E402
+from modeling.batch import PackedBatch  # noqa: E402
 from modeling.flow import gate, logit_from_time  # noqa: E402
 from modeling.geometry import patchify  # noqa: E402
 from scripts.tiny.images import held_out_slices  # noqa: E402
@@ -91,19 +92,20 @@ def by_texture(restorer: Restorer, slices: list[np.ndarray], path: Path) -> str:
     return "\n".join(rows)
 
 
-def stages(restorer: Restorer, clean: np.ndarray, t: float) -> dict[str, list[float]]:
-    """Norms of the gradient of one image at every stage, by preset."""
-    model, task = restorer.model, restorer.task
+def denoising_batch(
+    restorer: Restorer, clean: np.ndarray, sigma: float, assessment: str, t: float, seed: int = 0
+) -> PackedBatch:
+    """A slice as in training: degraded by Rician noise, and the clean one as target at time t."""
+    config, task = restorer.model.config, restorer.task
     noisy, truth = (
         Image.fromarray(np.round(x * 255).astype(np.uint8)).convert("RGB")
-        for x in (rician_noise(clean, 0.08, np.random.default_rng(0)), clean)
+        for x in (rician_noise(clean, sigma, np.random.default_rng(0)), clean)
     )
     segments = [
         *task.context(noisy, "Remove the noise."),
-        TextSegment(ids=task.tokenizer.encode("Moderate noise."), answer=True),
+        TextSegment(ids=task.tokenizer.encode(assessment), answer=True),
         VaeSegment(image_pm1=task.vae_rule(truth), target=True),
     ]
-    config = model.config
     packer = Packer(
         PackerConfig(
             latent_stride=config.latent_stride,
@@ -115,11 +117,16 @@ def stages(restorer: Restorer, clean: np.ndarray, t: float) -> dict[str, list[fl
         ),
         task.tokenizer.special,
     )
-    packer.add(Sample("slice", [dataclasses.replace(s, droppable=False) for s in segments]),
-               torch.Generator().manual_seed(0))  # fmt: skip
+    packer.add(Sample("slice", segments), torch.Generator().manual_seed(seed))
     batch = packer.build()
     logits = (*batch.vae.time_logits[:-1], logit_from_time(t, config.timestep_shift))
-    batch = dataclasses.replace(batch, vae=dataclasses.replace(batch.vae, time_logits=logits))
+    return dataclasses.replace(batch, vae=dataclasses.replace(batch.vae, time_logits=logits))
+
+
+def stages(restorer: Restorer, clean: np.ndarray, t: float) -> dict[str, list[float]]:
+    """Norms of the gradient of one image at every stage, by preset."""
+    model, config = restorer.model, restorer.model.config
+    batch = denoising_batch(restorer, clean, 0.08, "Moderate noise.", t)
     with torch.no_grad():
         out = model.step_outputs(batch)
     (image,) = out.target_images
