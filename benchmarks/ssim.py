@@ -114,6 +114,9 @@ def measure(
     size: tuple[int, ...], found: dict[str, Implementation], rounds: int, wanted_threads: int
 ) -> list[str]:
     """Prints the table of one size; returns the targets that were missed."""
+    # Every size as in a run that has no other: after a change of size torch.compile goes on with
+    # a kernel for any size, which is up to a third slower.
+    torch.compiler.reset()
     y = torch.rand(size)
     x = (y + 0.1 * torch.randn(size)).clamp(0, 1).requires_grad_()
     true_value, true_gradient = truth(x, y)
