@@ -25,11 +25,11 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "must be at least 1",
     ),
     (
-        "pixel_space_balance|pixel_space_max_ratio|ssim_grad_clamp",
+        "pixel_space_balance|pixel_space_max_ratio|ssim_grad_clamp|ssim_grad_scale|timestep_shift",
         lambda x: x is None or 0 < x < math.inf,
         "must be positive and finite",
     ),
-    ("warmup_steps|ssim_grad_scale", lambda x: x >= 0, "must not be negative"),
+    ("warmup_steps", lambda x: x >= 0, "must not be negative"),
     ("lr|eps|max_grad_norm", lambda x: 0 < x < math.inf, "must be positive and finite"),
     (r"(ce|mse|\w+_loss)_weight", lambda x: 0 <= x < math.inf, "must be a number from 0 on"),
     (r"\w+_cond_dropout_prob", lambda p: 0 <= p <= 1, "is no probability"),
@@ -37,7 +37,6 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (r"\w+_loss_max_t", lambda t: 0 < t <= 1, "is not in (0, 1]"),
     ("beta1|beta2", lambda x: 0 <= x < 1, "is not in [0, 1)"),
     ("ema", lambda x: 0 <= x < 1, "is no decay in [0, 1)"),
-    ("timestep_shift", lambda x: x is None or x > 0, "must be positive"),
     ("ssim_window_size", lambda n: n > 0 and n % 2 == 1, "must be odd"),
     ("device", lambda name: name in ("auto", "cpu", "cuda"), "is none of auto, cpu, cuda"),
     ("lr_scheduler", lambda x: x in ("constant", "cosine"), "is neither constant nor cosine"),
@@ -198,6 +197,8 @@ class RunArguments:
             raise ValueError(
                 "pixel_space_t_fraction needs pixel_loss_weight or ssim_loss_weight above 0"
             )
+        if self.data.full_noise_fraction + args.pixel_space_t_fraction > 1:
+            raise ValueError("full_noise_fraction and pixel_space_t_fraction exceed 1 together")
         if args.pixel_space_balance is not None and not (pixel_space and args.mse_weight > 0):
             raise ValueError(
                 "pixel_space_balance needs mse_weight and pixel_loss_weight or ssim_loss_weight "

@@ -55,7 +55,7 @@ def save_checkpoint(trainer: "Trainer") -> Path:
     state = {
         "step": trainer.step,
         "loader": trainer.loader.state_dict(),
-        "telemetry": trainer.telemetry.state_dict(),
+        "steps_without": trainer.telemetry.steps_without,
     }
     write_json(staging / "trainer_state.json", state)
     # So that inference prepares images as training did.

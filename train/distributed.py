@@ -12,6 +12,17 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def require_single_process() -> None:
+    """Raises ValueError under a launcher of several processes: they would train side by side,
+    each for itself, in one folder."""
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"WORLD_SIZE={processes}: training runs in a single process so far")
+
+
 def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """The sum (or `op`) over all ranks; every rank has to call it."""
     if dist.is_initialized():
@@ -37,5 +48,9 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def debugged_terms(names: list[str]) -> set[str]:
-    """Loss terms whose `<NAME>_LOSS_DEBUG` is 1, like SSIM_LOSS_DEBUG=1."""
-    return {name for name in names if os.environ.get(f"{name.upper()}_LOSS_DEBUG") == "1"}
+    """Loss terms whose `<NAME>_LOSS_DEBUG` is on (1, not empty or 0) on any rank."""
+    own = {
+        name for name in names if os.environ.get(f"{name.upper()}_LOSS_DEBUG", "0") not in ("", "0")
+    }
+    # A flag on one rank alone would send the others into other collectives.
+    return set().union(*all_gather(own))

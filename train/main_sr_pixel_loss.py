@@ -16,6 +16,7 @@ from train.arguments import (  # noqa: E402
     parse_arguments,
 )
 from train.build import build_trainer  # noqa: E402
+from train.distributed import require_single_process  # noqa: E402
 
 __all__ = ["DataArguments", "ModelArguments", "RunArguments", "TrainingArguments", "main"]
 
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         print(parse_arguments([]).table())
         return
     try:
+        require_single_process()
         args = parse_arguments(argv)
         print(args.table(), flush=True)
         trainer = build_trainer(args)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+
+from .distributed import all_gather
 
 
 class Metrics:
@@ -64,18 +67,30 @@ class Metrics:
         self.largest[name] = torch.maximum(self.largest.get(name, value), value).detach()
 
     def log(self, step: int) -> dict[str, float]:
-        """Writes and returns the averages; the only place where the host waits for the device."""
+        """Writes and returns the averages over all ranks, which all have to call it.
+
+        The only place where the host waits for the device.
+        """
         seconds = time.perf_counter() - self.start
-        line = {
-            name: float(total) / self.counts[name]
-            for name, total in self.sums.items()
-            if self.counts[name] > 0
-        }
+        sums: dict[str, float] = defaultdict(float)
+        counts: dict[str, float] = defaultdict(float)
+        line: dict[str, float] = {}
+        own = {name: (float(total), self.counts[name]) for name, total in self.sums.items()}
+        for found in all_gather(own):
+            for name, (total, count) in found.items():
+                sums[name] += total
+                counts[name] += count
+        line |= {name: total / counts[name] for name, total in sums.items() if counts[name] > 0}
+        # Largest values are those of all ranks already.
         line |= {name: float(value) for name, value in self.largest.items()}
-        line["tokens_per_s"] = float(self.sums.get("tokens", 0.0)) / seconds
+        line["tokens_per_s"] = sums["tokens"] / seconds
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step} | line) + "\n")
-        shown = "  ".join(f"{name} {value:.3g}" for name, value in line.items() if name != "tokens")
+        shown = "  ".join(
+            f"{name} {value:.3g}"
+            for name, value in line.items()
+            if name != "tokens" and not name.endswith("_count")
+        )
         self.progress.update(self.task, completed=step, shown=shown)
         if self.progress.disable:
             per_step = (time.perf_counter() - self.begin) / (step - self.first_step)

@@ -5,7 +5,6 @@ terms, over all micro-batches and ranks of a step.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,7 @@ from modeling.bagel.losses import LossTerm
 from modeling.bagel.pixel_space import ImageLoss
 from modeling.batch import PackedBatch
 
-from .distributed import all_reduce, debugged_terms, rank
+from .distributed import all_reduce, debugged_terms, rank, world_size
 from .metrics import Metrics
 
 REFERENCE = "mse"
@@ -44,8 +43,9 @@ class Telemetry:
         looked at in the first step of a log window in which one of them has an image.
         """
         self.scales = scales
-        self.images = dict.fromkeys(self.watched, 0)
+        self.images = dict.fromkeys([REFERENCE, *self.watched], 0)
         self.targets = 0
+        self.clamped: dict[str, list[Tensor]] = {}
         self.squares: dict[str, Tensor] = {}
         self.largest: dict[str, Tensor] = {}
         self.seen = seen = {name for name in self.watched if counts.get(name, 0) > 0}
@@ -65,9 +65,12 @@ class Telemetry:
         """One micro-batch. Prints a line for every image of a debugged term."""
         self.targets += 0 if batch.vae is None else sum(batch.vae.is_target)
         for name, term in terms.items():
-            if name in self.watched:
+            if name in self.images:
                 self.images[name] += len(term.images)
-            if term.gradient is None or not len(term.images):
+            self.clamped[name] = self.clamped.get(name, []) + [
+                image.clamped_share for image in term.images if image.clamped_share is not None
+            ]
+            if term.gradient is None or not term.images:
                 continue
             gradient = self.scales[name] * term.gradient
             square, largest = gradient.square().sum(), gradient.abs().amax()
@@ -81,8 +84,12 @@ class Telemetry:
     def end_step(self, metrics: Metrics, device: torch.device) -> None:
         """Writes what was looked at; every rank enters its collectives."""
         for name, count in self.images.items():
-            metrics.add(f"{name}_images", count)
+            # Ranks add up when the line is written.
+            metrics.add(f"{name}_images", count, 1 / world_size())
             metrics.add(f"{name}_share", count, self.targets)
+        for name, shares in self.clamped.items():
+            if shares:
+                metrics.add(f"{name}_clamped", torch.stack(shares).sum(), len(shares))
         if not self.observed:
             return
         names = list(self.scales)
@@ -97,7 +104,8 @@ class Telemetry:
                 metrics.add(f"{name}_grad_norm", norms[name])
                 metrics.add_largest(f"{name}_grad_max", most)
             if name in self.seen and REFERENCE in norms:
-                metrics.add_largest(f"{name}_grad_ratio", norms[name] / norms[REFERENCE])
+                ratio = norms[name] / norms[REFERENCE]
+                metrics.add_largest(f"{name}_grad_ratio", ratio.nan_to_num())
 
     def end_window(self, line: Mapping[str, float]) -> None:
         """Warns of what the log line shows."""
@@ -110,13 +118,6 @@ class Telemetry:
                     f"{REFERENCE} (pixel_space_max_ratio={self.most_ratio:g}): lower its weight "
                     "or set pixel_space_balance"
                 )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps_without": self.steps_without, "looked_at": sorted(self.looked_at)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps_without |= state["steps_without"]
-        self.looked_at = set(state["looked_at"])
 
 
 def _image_line(name: str, seen: ImageLoss, gradient: Tensor) -> str:

@@ -16,7 +16,7 @@ from modeling.batch import PackedBatch
 
 from .arguments import RunArguments
 from .checkpoint import load_checkpoint, save_checkpoint
-from .distributed import all_gather, rank, sum_over_ranks
+from .distributed import all_gather, rank, sum_over_ranks, world_size
 from .ema import EMA
 from .metrics import Metrics
 from .telemetry import Telemetry
@@ -69,18 +69,21 @@ class Trainer:
         counts = self.global_counts(micro_batches)
         # A count of 0 comes with a sum of exactly 0.
         scales = {name: self.weights[name] / (count or 1.0) for name, count in counts.items()}
+        for name, count in counts.items():
+            metrics.add(f"{name}_count", count)
         observe = self.telemetry.begin_step(counts, scales)
         self.optimizer.zero_grad()
         found: list[dict[str, LossTerm]] = []
         for batch in micro_batches:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
                 terms = self.model(batch, scales=scales, observe=observe)
-            if terms:
-                torch.stack([scales[n] * term.sum for n, term in terms.items()]).sum().backward()
+            loss = sum((scales[n] * term.sum for n, term in terms.items()), torch.zeros(()))
+            if loss.requires_grad:  # not without terms, nor with all that they touch frozen
+                loss.backward()
             for name, term in terms.items():
                 metrics.add(name, term.sum, term.count)
                 metrics.add(f"{name}_weighted", self.weights[name] * term.sum, term.count)
-            metrics.add("tokens", batch.num_tokens, 1 / len(micro_batches))
+            metrics.add("tokens", batch.num_tokens, 1 / (len(micro_batches) * world_size()))
             self.telemetry.add(self.step, batch, terms)
             found.append(terms)
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -167,7 +170,7 @@ class Trainer:
         state = load_checkpoint(folder, self)
         self.step = state["step"]
         self.loader.load_state_dict(state["loader"])
-        self.telemetry.load_state_dict(state["telemetry"])
+        self.telemetry.steps_without |= state["steps_without"]
         # Stepping the old schedule before the optimizer would warn.
         lr_lambda = self.schedule.lr_lambdas[0]
         self.schedule = LambdaLR(self.optimizer, lr_lambda, last_epoch=self.step - 1)

@@ -22,21 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from ..batch import PackedBatch
 from ..flow import clean_from_velocity
 from ..geometry import unpatchify
-from .pixel_space import (
-    ImageLoss,
-    PixelSpace,
-    PixelSpaceTerm,
-    PixelTerm,
-    SSIMTerm,
-    TargetImage,
-    _scale_gradient,
-)
+from .pixel_space import ImageLoss, PixelSpace, PixelSpaceTerm, TargetImage
+from .pixel_space import PixelTerm as PixelTerm
+from .pixel_space import SSIMTerm as SSIMTerm
 from .ssim import gaussian_window, ssim_per_image
 
 if TYPE_CHECKING:
     from .bagel import Bagel
-
-__all__ = ["PixelTerm", "SSIMTerm", "_scale_gradient"]  # the names that users import from here
 
 CE_CHUNK_TOKENS = 1024
 """Answer tokens whose logits (tokens x vocabulary, float32) exist at one time."""
@@ -236,11 +228,27 @@ class LossSet:
                 total,
                 counts[name],
                 tuple(losses.images[name]),
-                losses.gradients[name] if observe else None,
+                losses.gradients.get(name) if observe else None,
             )
             for name, total in losses.sums.items()
             if name in counts
         }
+
+
+class _GradientScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.scale, None
+
+
+def _scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """Identity whose gradient is multiplied by `scale`."""
+    return x if scale == 1 else _GradientScale.apply(x, scale)
 
 
 def _gaussian_window(window_size: int, sigma: float = 1.5) -> Tensor:
@@ -274,7 +282,7 @@ def compute_ssim_loss(
     """
     loss = 1 - _ssim_core(x_pred, x_gt, window_size, data_range, mask)
     if mask is None:
-        return loss.mean()
+        return loss.sum() / max(len(loss), 1)
     height, width = mask.shape[-2:]
     half = min(window_size, (min(height, width) - 1) // 2 * 2 + 1) // 2
     weight = mask[..., half : height - half, half : width - half].sum((1, 2, 3), dtype=loss.dtype)
@@ -293,10 +301,13 @@ def compute_pixel_loss(
     if loss_type not in ("l1", "l2", "mse"):
         raise ValueError(f"pixel loss type {loss_type!r} is none of l1, l2, mse")
     error = (x_pred.float() - x_gt.float()).abs() ** (1 if loss_type == "l1" else 2)
+    batch, channels, *size = error.shape
     if mask is None:
-        return error.mean()
-    weight = mask.sum() * error.shape[1]
-    return (error * mask).sum() / weight.where(weight > 0, 1.0)
+        return error.sum() / max(error.numel(), 1)
+    if mask.shape != (batch, 1, *size):
+        raise ValueError(f"a mask must be {(batch, 1, *size)}, not {tuple(mask.shape)}")
+    weight = channels * mask.sum(dtype=torch.float32)
+    return (error * mask.float()).sum() / weight.where(weight > 0, 1.0)
 
 
 def compute_perceptual_loss(

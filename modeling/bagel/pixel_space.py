@@ -71,9 +71,10 @@ class PixelSpaceTerm:
         """(B,) sums over the elements of (B, 3, H, W) images, before the gate."""
         raise NotImplementedError
 
-    def clamped_share(self, gradient: Tensor) -> Tensor | None:
-        """(B,) share of the elements of the gradient (B, 3, H, W) that are at their limit."""
-        return None
+    def adjust(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What passes on to the decoder of a gradient (B, 3, H, W) of `losses`, and the (B,) share
+        of its elements that was clamped, if there is a clamp."""
+        return gradient, None
 
     def count(self, batch: PackedBatch, timestep_shift: float) -> float | None:
         """None without any target image, 0 when none is gated."""
@@ -125,35 +126,17 @@ class SSIMTerm(PixelSpaceTerm):
             raise ValueError(f"ssim_window_size={self.window_size} must be odd and positive")
 
     def losses(self, pred_01: Tensor, true_01: Tensor) -> Tensor:
-        pred_01 = _scale_gradient(pred_01, self.grad_scale, self.grad_clamp)
         ssim = ssim_per_image(
             pred_01, true_01, window_size=self.window_size, compiled=self.compiled
         )
         return pred_01.shape[-2] * pred_01.shape[-1] * (1 - ssim)
 
-    def clamped_share(self, gradient: Tensor) -> Tensor | None:
-        if self.grad_clamp is None:
-            return None
-        limit = self.grad_clamp * self.grad_scale
-        return (gradient.abs() >= limit).float().mean((1, 2, 3))
-
-
-class _GradientScale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, clamp: float | None) -> Tensor:
-        ctx.scale, ctx.clamp = scale, clamp
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.clamp is not None:
-            grad = grad.clamp(-ctx.clamp, ctx.clamp)
-        return grad * ctx.scale, None, None
-
-
-def _scale_gradient(x: Tensor, scale: float, clamp: float | None = None) -> Tensor:
-    """Identity whose gradient is clamped to [-clamp, clamp] and then multiplied by `scale`."""
-    return x if scale == 1 and clamp is None else _GradientScale.apply(x, scale, clamp)
+    def adjust(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        share, most = None, self.grad_clamp
+        if most is not None:
+            share = (gradient.abs() > most).float().mean((1, 2, 3))
+            gradient = gradient.clamp(-most, most)
+        return self.grad_scale * gradient, share
 
 
 @dataclass(frozen=True)
@@ -164,8 +147,8 @@ class PixelSpaceLosses:
     """Float32 scalars."""
     images: dict[str, list[ImageLoss]]
     gradients: dict[str, Tensor]
-    """(M, D) gradient of each sum at the predicted velocity, or, under `JOINT`, that of
-    sum(scale * sum)."""
+    """(M, D) gradient of each sum at the predicted velocity, and, under `JOINT`, that of
+    sum(scale * sum); those that were asked for."""
 
 
 @dataclass(frozen=True)
@@ -198,48 +181,48 @@ class PixelSpace:
     ) -> PixelSpaceLosses:
         """The sums with their gradients at `velocity_pred`, (M, D) float32.
 
-        `scales` are the factors of the sums in the total. With them, and unless `observe` asks for
-        the gradient of each, all terms share one backward through the decoder. `reference` (M, D)
-        is the scaled gradient that `balance` compares with.
+        `scales` are the factors of the sums in the total. With them all terms share one backward
+        through the decoder; each term's own gradient is then known only if `observe` asks for it.
+        `reference` (M, D) is the scaled gradient that `balance` compares with.
         """
-        joint = scales if len(self.terms) > 1 and not observe else None
-        losses = self._decode_and_differentiate(vae, targets, velocity_pred, patch, joint)
-        gradients, factors = losses.gradients, None
-        if self.balance is not None:
-            if scales is None or reference is None:
+        names = [term.name for term in self.terms]
+        # A term that no rank has anything for is in no scales: it counts for nothing.
+        factors = None if scales is None else {name: scales.get(name, 0.0) for name in names}
+        joint = factors if len(names) > 1 else None
+        differentiate = velocity_pred.requires_grad and torch.is_grad_enabled()
+        wanted = [*([JOINT] if joint else []), *(names if observe or not joint else [])]
+        losses = self._decode(vae, targets, velocity_pred, patch, joint, wanted, differentiate)
+        gradients = losses.gradients
+        if self.balance is not None and torch.is_grad_enabled():
+            if factors is None or reference is None:
                 raise ValueError("pixel_space_balance: pass the scales of the sums to the forward")
-            own = torch.zeros_like(reference)
-            for key, gradient in gradients.items():
-                own += gradient if key == JOINT else scales[key] * gradient
+            own = gradients[JOINT] if joint else factors[names[0]] * gradients[names[0]]
             squares = torch.stack([own.square().sum(), reference.square().sum()])
             own_norm, reference_norm = self.all_reduce(squares).sqrt()
             factor = torch.where(own_norm > 0, self.balance * reference_norm / own_norm, 0.0)
             gradients = {key: factor * gradient for key, gradient in gradients.items()}
-        if joint is not None:
-            factors = velocity_pred.new_tensor([joint[name] for name in losses.sums])
-        values, known = (torch.stack([*x.values()]) for x in (losses.sums, gradients))
-        sums = _KnownGradient.apply(velocity_pred, values, known, factors)
-        return PixelSpaceLosses(dict(zip(losses.sums, sums, strict=True)), losses.images, gradients)
+        values = torch.stack([losses.sums[name] for name in names])
+        known = torch.stack([gradients[key] for key in ([JOINT] if joint else names)])
+        shares = velocity_pred.new_tensor([*joint.values()]) if joint else None
+        sums = _KnownGradient.apply(velocity_pred, values, known, shares)
+        return PixelSpaceLosses(dict(zip(names, sums, strict=True)), losses.images, gradients)
 
-    def _decode_and_differentiate(
+    def _decode(
         self,
         vae: Autoencoder,
         targets: Sequence[TargetImage],
         velocity_pred: Tensor,
         patch: int,
-        joint: Mapping[str, float] | None,
+        factors: Mapping[str, float] | None,
+        wanted: Sequence[str],
+        differentiate: bool,
     ) -> PixelSpaceLosses:
-        """Sums without their graph. Every image that a term gates is decoded once."""
-        names = [term.name for term in self.terms]
+        """Sums without a graph. Every image that a term gates is decoded once."""
         losses = PixelSpaceLosses(
-            sums={name: velocity_pred.new_zeros(()) for name in names},
-            images={name: [] for name in names},
-            gradients={
-                key: torch.zeros_like(velocity_pred, requires_grad=False)
-                for key in ([JOINT] if joint else names)
-            },
+            sums={term.name: velocity_pred.new_zeros(()) for term in self.terms},
+            images={term.name: [] for term in self.terms},
+            gradients={key: torch.zeros_like(velocity_pred.detach()) for key in wanted},
         )
-        differentiate = velocity_pred.requires_grad and torch.is_grad_enabled()
         gated = [target for target in targets if any(target.t < x.max_t for x in self.terms)]
         for chunk in _chunks(gated, self.chunk_size, self.adaptive_chunk):
             latents = torch.stack([target.latent for target in chunk])
@@ -253,23 +236,27 @@ class PixelSpace:
                     continue
                 weights, clamped = true_01.new_tensor(gates), None
                 per_image = term.losses(pred_01, true_01)
-                losses.sums[term.name].add_((weights * per_image.detach()).sum())
+                # Not gated is not seen: an image beyond all bounds times 0 would be NaN.
+                weighted = torch.where(weights > 0, weights * per_image.detach(), 0.0)
+                losses.sums[term.name].add_(weighted.sum())
                 if differentiate:
                     (gradient,) = torch.autograd.grad(per_image.sum(), pred_01)
-                    clamped = term.clamped_share(gradient)
-                    key, scale = (JOINT, joint[term.name]) if joint else (term.name, 1.0)
-                    weighted = scale * weights[:, None, None, None] * gradient
-                    at_image[key] = at_image[key] + weighted if key in at_image else weighted
+                    gradient, clamped = term.adjust(gradient)
+                    weights = weights[:, None, None, None]
+                    at_image[term.name] = torch.where(weights > 0, weights * gradient, 0.0)
                 means = per_image.detach() / (term.elements_per_pixel * true_01[0, 0].numel())
                 losses.images[term.name] += [
                     ImageLoss(target, gates[i], means[i], None if clamped is None else clamped[i])
                     for i, target in enumerate(chunk)
                     if gates[i] > 0
                 ]
-            for n, (key, gradient) in enumerate(at_image.items(), 1):
-                keep = n < len(at_image)
+            if factors is not None and at_image:
+                scaled = [factors[name] * gradient for name, gradient in at_image.items()]
+                at_image[JOINT] = torch.stack(scaled).sum(0)
+            keys = [key for key in wanted if key in at_image]
+            for key in keys:
                 (at_latents,) = torch.autograd.grad(
-                    decoded_01, latents, gradient, retain_graph=keep
+                    decoded_01, latents, at_image[key], retain_graph=key != keys[-1]
                 )
                 for target, at_latent in zip(chunk, at_latents, strict=True):
                     # The clean latent is z_t - t v.

@@ -38,7 +38,7 @@ run() {
 }
 export -f run
 
-rm -rf "$OUT"
+[[ ! -e $OUT ]] || { echo "error: $OUT exists: remove it or name another folder" >&2; exit 1; }
 python -m scripts.tiny.make_pairs --out "$OUT/data" --train 600 --sigma 0.2 --factor 8
 for seed in $seeds; do
   for name in "${!settings[@]}"; do

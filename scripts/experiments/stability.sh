@@ -25,7 +25,7 @@ run() {
   done
 }
 
-rm -rf "$out"
+[[ ! -e $out ]] || { echo "error: $out exists: remove it or name another folder" >&2; exit 1; }
 python -m scripts.tiny.make_pairs --out "$out/data" --train 2000 --sigma 0.2 --factor 8
 run ssim_v3_low_t ssim_v3 --pixel_space_t_fraction=0.25
 run ssim_v1 ssim_v1

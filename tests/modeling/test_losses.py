@@ -363,6 +363,21 @@ def test_masks_of_named_functions():
     torch.testing.assert_close(compute_pixel_loss(pred, true, left), expected)
 
 
+def test_a_mask_of_another_shape_or_dtype():
+    pred, true = images_01()
+    for shape in ((3, 3, 20, 24), (1, 1, 20, 24), (3, 20, 24)):
+        for function in (compute_ssim_loss, compute_pixel_loss):
+            with pytest.raises(ValueError, match=r"\(3, 1, 20, 24\)"):
+                function(pred, true, torch.ones(shape))
+    # More ones than float16 can count.
+    large = torch.rand(1, 1, 300, 300)
+    half = torch.ones(1, 1, 300, 300, dtype=torch.float16)
+    for function in (compute_ssim_loss, compute_pixel_loss):
+        expected = function(large, 1 - large)
+        torch.testing.assert_close(function(large, 1 - large, half), expected)
+        assert function(pred[:0], true[:0]).item() == 0
+
+
 def test_the_masked_ssim_is_the_mean_over_all_windows():
     pred, true = images_01()
     mask = torch.rand(3, 1, 20, 24)

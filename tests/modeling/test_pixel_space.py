@@ -210,6 +210,15 @@ def test_the_clamp_acts_between_decoder_and_ssim_and_nowhere_else(model, out):
     assert first == 3 and clamped["pixel"].images[0].clamped_share is None
 
 
+@pytest.mark.parametrize("scale", [1e-2, 1e-8])
+def test_the_clamped_share_does_not_depend_on_the_scale(out, scale):
+    found = [
+        LossSet((SSIMTerm(0.2, 11, s, 0.03),))(out)["ssim"].images[0].clamped_share.item()
+        for s in (1.0, scale)
+    ]
+    assert found[0] == found[1] > 0.3
+
+
 @pytest.mark.parametrize("observe", [False, True])
 def test_balance_sets_the_ratio_of_norms_and_no_value(model, out, observe):
     plain = LossSet(TERMS)(out, SCALES, observe)
@@ -238,7 +247,7 @@ def test_validation_takes_no_gradient(model, batch):
     with torch.no_grad():
         out = model.step_outputs(batch)
         with mock.patch.object(torch.autograd, "grad", side_effect=AssertionError):
-            terms = LossSet(TERMS)(out)
+            terms = LossSet(TERMS, balance=0.25)(out)
     assert terms["ssim"].sum.item() == pytest.approx(
         LossSet(TERMS)(model.step_outputs(batch))["ssim"].sum.item(), rel=1e-6
     )

@@ -1,6 +1,7 @@
 """Losses do not depend on how samples fall on ranks and micro-batches; faults stop all ranks."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,29 @@ def test_two_ranks_with_two_micro_batches(checkpoint, mixture, tmp_path, whole):
     assert_same(run_on_ranks(2, on_rank, tmp_path / "ranks", *common), whole["weights"])
 
 
+@pytest.mark.parametrize("more", [{}, CASES["balanced"], {"pixel_loss_weight": 0.0}])
+def test_a_step_without_any_target_image(checkpoint, mixture, tmp_path, more):
+    """Text alone, then only conditioning images: the absent terms are absent."""
+    args = run_arguments(checkpoint, mixture, tmp_path, **(SETTINGS | more))
+    trainer = build_trainer(args)
+    conditions = Sample("v", restoration("a").segments[:3] + [TextSegment(ids=[5], answer=True)])
+    for batch in (batch_of(trainer.model, "tt"), pack(trainer.model.config, conditions)):
+        found = one_step(trainer, tmp_path, batch)
+        assert set(found["terms"]) == {"ce"} and found["line"]["total_norm"] > 0
+
+
+def test_nothing_to_train_in_one_micro_batch(checkpoint, mixture, tmp_path):
+    """Text has no gradient where the language model is frozen."""
+    found = [
+        on_rank(0, checkpoint, mixture, tmp_path / packs[0], [packs], {"freeze_llm": True})
+        for packs in (["ab", "tt"], ["abtt"])
+    ]
+    assert_same(found[:1], found[1:])
+
+
 def both_cases(rank: int, *common: Any) -> dict[str, dict[str, Any]]:
+    if rank == 1:
+        os.environ["SSIM_LOSS_DEBUG"] = "1"  # on one rank alone: the others must not be lost
     checkpoint, mixture, folder, packs = common
     return {
         case: on_rank(rank, checkpoint, mixture, folder / case, packs, more)
@@ -124,6 +147,12 @@ def test_a_rank_without_gated_images_and_one_without_images(checkpoint, mixture,
         results, (expected,) = [found[case] for found in by_rank], whole[case]
         assert_same(results, [expected])
         for result in results:
+            for name in ("ce", "mse", "pixel", "ssim"):
+                for kind in ("", "_weighted", "_count"):
+                    right = pytest.approx(expected["line"][name + kind], rel=1e-5)
+                    assert result["line"][name + kind] == right
+            for name in ("mse_images", "pixel_share", "ssim_images", "ssim_share", "tokens"):
+                assert result["line"][name] == pytest.approx(expected["line"][name])
             for name in ("mse", "pixel", "ssim"):
                 for kind in ("grad_norm", "grad_max"):
                     right = pytest.approx(expected["line"][f"{name}_{kind}"], rel=1e-4)

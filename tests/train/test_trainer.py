@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modeling.bagel.losses import LossSet, StepOutputs, VelocityMSE
+from modeling.bagel.losses import LossSet, PixelTerm, SSIMTerm, StepOutputs, VelocityMSE
 from modeling.batch import PackedBatch
 from modeling.pretrained import CheckpointError, load_pretrained, save_pretrained
 from tests.helpers import (
@@ -297,6 +297,12 @@ def test_a_size_that_contradicts_the_checkpoint(checkpoint, mixture, tmp_path):
     assert build_model(args)[0].config.timestep_shift == 4.0
 
 
+def test_several_processes_are_refused(checkpoint, mixture, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="WORLD_SIZE=2: training runs in a single process"):
+        main([])
+
+
 def test_the_entry_point(checkpoint, mixture, tmp_path, capsys):
     args = run_arguments(checkpoint, mixture, tmp_path / "run", total_steps=1)
     main([f"--{name}={value}" for name, value in args.flat().items() if name in args.sources])
@@ -333,6 +339,8 @@ def test_telemetry_of_a_step(checkpoint, mixture, tmp_path, capsys, monkeypatch)
     # t = 1 is outside of both gates.
     assert (line["ssim_images"], line["ssim_share"]) == (2, pytest.approx(2 / 3))
     printed = capsys.readouterr().out.splitlines()
+    shares = [image.clamped_share.item() for image in terms["ssim"].images]
+    assert line["ssim_clamped"] == pytest.approx(sum(shares) / 2) and line["ssim_clamped"] > 0
     lines = [text for text in printed if text.startswith("SSIM_LOSS_DEBUG")]
     assert len(lines) == 2 and not any("PIXEL_LOSS_DEBUG" in text for text in printed)
     for text, image in zip(lines, terms["ssim"].images, strict=True):
@@ -358,6 +366,75 @@ def test_a_term_that_sees_no_image_is_warned_of(checkpoint, mixture, tmp_path, c
     printed = [x for x in capsys.readouterr().out.splitlines() if x.startswith("WARNING: ssim")]
     assert len(printed) == 2 and "has seen no image for 2 steps" in printed[0]
     assert shown == [False, False, False, True, False, False]
+
+
+def test_looking_changes_nothing_and_a_stop_inside_a_log_window_neither(
+    checkpoint, mixture, tmp_path, monkeypatch
+):
+    """Two terms, every image gated: the weights after 4 steps, to the bit."""
+
+    def run(name: str, *stops: int, **settings: object) -> dict[str, str]:
+        for stop in stops:
+            values = {"total_steps": stop, "save_every": 4, **PIXEL_SPACE, **settings}
+            trainer = build_trainer(run_arguments(checkpoint, mixture, tmp_path / name, **values))
+            trainer.fit()
+        return hashes(tmp_path / name / "0000004")
+
+    expected = run("plain", 4, log_every=4)
+    assert run("stopped", 3, 4, log_every=4) == expected
+    assert run("looked_at", 4, log_every=1) == expected
+    monkeypatch.setenv("SSIM_LOSS_DEBUG", "1")
+    assert run("debugged", 4, log_every=4) == expected
+
+
+def test_the_unseen_steps_of_a_term_are_resumed(checkpoint, mixture, tmp_path):
+    settings = {"ssim_loss_weight": 0.1, "ssim_loss_max_t": 1e-6, "total_steps": 3}
+    build_trainer(run_arguments(checkpoint, mixture, tmp_path, **settings)).fit()
+    resumed = build_trainer(run_arguments(checkpoint, mixture, tmp_path, **settings))
+    assert resumed.telemetry.steps_without == {"ssim": 3}
+
+
+def test_every_argument_of_the_losses_arrives(checkpoint, mixture, tmp_path):
+    settings = {
+        "pixel_loss_weight": 1.0,
+        "pixel_loss_type": "l2",
+        "pixel_loss_max_t": 0.25,
+        "ssim_loss_weight": 2.0,
+        "ssim_loss_max_t": 0.15,
+        "ssim_window_size": 7,
+        "ssim_grad_scale": 0.5,
+        "ssim_grad_clamp": 3.0,
+        "ssim_compile": True,
+        "pixel_loss_chunk_size": 3,
+        "pixel_loss_adaptive_chunk": False,
+        "pixel_space_balance": 0.2,
+        "pixel_space_t_fraction": 0.4,
+        "vae_checkpoint_pixels": 77,
+        "pixel_space_unseen_steps": 5,
+        "pixel_space_max_ratio": 6.0,
+    }
+    trainer = build_trainer(run_arguments(checkpoint, mixture, tmp_path, **settings))
+    losses, packer = trainer.model.losses, trainer.loader.packer_config
+    assert losses.pixel_terms == [PixelTerm(2, 0.25), SSIMTerm(0.15, 7, 0.5, 3.0, True)]
+    assert trainer.weights == {"ce": 1.0, "mse": 1.0, "pixel": 1.0, "ssim": 2.0}
+    space = losses.pixel_space
+    assert (space.chunk_size, space.adaptive_chunk, space.balance) == (3, False, 0.2)
+    assert trainer.model.vae.decoder.checkpoint_pixels == 77
+    assert (packer.low_t_fraction, packer.low_t_max) == (0.4, 0.25)
+    assert (trainer.telemetry.unseen_steps, trainer.telemetry.most_ratio) == (5, 6.0)
+
+
+def test_autocast_changes_no_pixel_space_loss(checkpoint, mixture, tmp_path):
+    """From the same prediction: decoder and SSIM stay in float32 under autocast."""
+    trainer = build_trainer(run_arguments(checkpoint, mixture, tmp_path, **PIXEL_SPACE))
+    batch = pack(trainer.model.config, restoration("a"), times={"a": 0.1})
+    found = []
+    for enabled in (False, True):
+        out = trainer.model.step_outputs(batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            terms = trainer.model.losses(out)
+        found.append([terms[name].sum.item() for name in ("mse", "pixel", "ssim")])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 def test_two_terms_are_looked_at_once_in_a_log_window(checkpoint, mixture, tmp_path):
