@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .distributed import all_gather
 
+FILE_ONLY = ("tokens", "_weighted", "_count", "_images", "_clamped", "_grad_norm", "_grad_max")
+"""Endings of names that are written to the file and not shown."""
+
 
 class Metrics:
     """Averages over the steps since the last log line; one JSONL line and one bar update each.
@@ -74,23 +77,18 @@ class Metrics:
         seconds = time.perf_counter() - self.start
         sums: dict[str, float] = defaultdict(float)
         counts: dict[str, float] = defaultdict(float)
-        line: dict[str, float] = {}
         own = {name: (float(total), self.counts[name]) for name, total in self.sums.items()}
         for found in all_gather(own):
             for name, (total, count) in found.items():
                 sums[name] += total
                 counts[name] += count
-        line |= {name: total / counts[name] for name, total in sums.items() if counts[name] > 0}
+        line = {name: total / counts[name] for name, total in sums.items() if counts[name] > 0}
         # Largest values are those of all ranks already.
         line |= {name: float(value) for name, value in self.largest.items()}
         line["tokens_per_s"] = sums["tokens"] / seconds
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step} | line) + "\n")
-        shown = "  ".join(
-            f"{name} {value:.3g}"
-            for name, value in line.items()
-            if name != "tokens" and not name.endswith("_count")
-        )
+        shown = "  ".join(f"{n} {v:.3g}" for n, v in line.items() if not n.endswith(FILE_ONLY))
         self.progress.update(self.task, completed=step, shown=shown)
         if self.progress.disable:
             per_step = (time.perf_counter() - self.begin) / (step - self.first_step)
