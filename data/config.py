@@ -9,6 +9,7 @@ restoration:
 """
 
 import difflib
+import math
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,19 @@ def load_mixture(path: str | Path, data_root: str | Path | None = None) -> tuple
     Raises ValueError that names the file, the key and the nearest known key.
     """
     path = Path(path)
-    content = _checked(str(path), yaml.safe_load(path.read_text()))
+    content = _checked(str(path), read_yaml(path))
     if not content:
         raise ValueError(f"{path}: a mapping of tasks is expected")
     root = str(data_root or path.parent.resolve())
     return tuple(_group(f"{path}: {name}", group, root) for name, group in content.items())
+
+
+def read_yaml(path: Path) -> Any:
+    """Raises ValueError with the file and the line for what is no YAML."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: no YAML: {error}") from error
 
 
 def _checked(where: str, content: Any, kind: type | None = None) -> dict[str, Any]:
@@ -75,12 +84,16 @@ def _checked(where: str, content: Any, kind: type | None = None) -> dict[str, An
 
 def _group(where: str, content: Any, root: str) -> GroupConfig:
     group = {"weight": 1.0} | _checked(where, content, GroupConfig)
-    group["weight"] = float(group["weight"])
-    if group["weight"] <= 0 or not group["datasets"]:
+    weight, datasets = group["weight"], group["datasets"]
+    positive = isinstance(weight, int | float) and 0 < weight < math.inf
+    if not positive or not isinstance(datasets, list) or not datasets:
         raise ValueError(f"{where}: needs a positive weight and at least one data set")
     for key in RULES:
-        group[key] = ResizeRule(**_checked(f"{where}.{key}", group[key], ResizeRule))
-    group["datasets"] = tuple(_dataset(f"{where}.datasets", d, root) for d in group["datasets"])
+        rule = _checked(f"{where}.{key}", group[key], ResizeRule)
+        if any(type(value) is not int for value in rule.values()):
+            raise ValueError(f"{where}.{key}: whole numbers are expected, not {rule}")
+        group[key] = ResizeRule(**rule)
+    group["datasets"] = tuple(_dataset(f"{where}.datasets", d, root) for d in datasets)
     return GroupConfig(**group)
 
 

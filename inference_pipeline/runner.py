@@ -101,11 +101,12 @@ def _claim_folder(restorer: Restorer, config: RunConfig, annotations: bytes) -> 
 
 
 def _results(path: Path) -> dict[int, dict[str, Any]]:
-    """Results so far by sample id; a line that a kill cut off is dropped."""
+    """Results so far by sample id; failed samples and a line that a kill cut off are dropped."""
     text = path.read_text() if path.exists() else ""
-    complete = text[: text.rfind("\n") + 1]
-    path.write_text(complete)
-    return {result["sample_id"]: result for result in map(json.loads, complete.splitlines())}
+    results = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+    good = {result["sample_id"]: result for result in results if "error" not in result}
+    path.write_text("".join(json.dumps(result) + "\n" for result in good.values()))
+    return good
 
 
 @dataclass(frozen=True)

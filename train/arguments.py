@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
 
-import yaml
+from data.config import read_yaml
 
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
@@ -39,6 +39,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("ema", lambda x: 0 <= x < 1, "is no decay in [0, 1)"),
     ("ssim_window_size", lambda n: n > 0 and n % 2 == 1, "must be odd"),
     ("device", lambda name: name in ("auto", "cpu", "cuda"), "is none of auto, cpu, cuda"),
+    ("attention_backend", lambda name: name in ("sdpa", "flex"), "is neither sdpa nor flex"),
+    (r"\w+_seed", lambda n: n >= 0, "must not be negative"),
     ("lr_scheduler", lambda x: x in ("constant", "cosine"), "is neither constant nor cosine"),
     ("pixel_loss_type", lambda x: x in ("l1", "l2", "mse"), "is none of l1, l2, mse"),
     ("freeze_vae", lambda frozen: frozen, "cannot be: the autoencoder is not trained here"),
@@ -197,8 +199,6 @@ class RunArguments:
             raise ValueError(
                 "pixel_space_t_fraction needs pixel_loss_weight or ssim_loss_weight above 0"
             )
-        if self.data.full_noise_fraction + args.pixel_space_t_fraction > 1:
-            raise ValueError("full_noise_fraction and pixel_space_t_fraction exceed 1 together")
         if args.pixel_space_balance is not None and not (pixel_space and args.mse_weight > 0):
             raise ValueError(
                 "pixel_space_balance needs mse_weight and pixel_loss_weight or ssim_loss_weight "
@@ -270,7 +270,7 @@ def _yaml_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, di
     path = Path(os.path.normpath(path))
     if path in above:
         raise ValueError(f"{path}: extends itself through {', '.join(map(str, above))}")
-    content = yaml.safe_load(path.read_text()) or {}
+    content = read_yaml(path) or {}
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a mapping of arguments is expected")
     base = content.pop("extends", None)

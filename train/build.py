@@ -26,6 +26,8 @@ def build_trainer(args: RunArguments) -> Trainer:
     """The run, resumed where it stopped if it has a checkpoint and `auto_resume` is on."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if args.training.device == "auto" else args.training.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: torch finds no GPU here")
     torch.manual_seed(args.training.global_seed)
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)

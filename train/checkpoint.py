@@ -73,9 +73,15 @@ def save_checkpoint(trainer: "Trainer") -> Path:
 def load_checkpoint(folder: Path, trainer: "Trainer") -> dict[str, Any]:
     """Restores weights, EMA and optimizer in place; returns the rest of the state.
 
+    Prints every argument that has changed since.
+
     Raises CheckpointError when a file is missing or damaged, or other weights were trained.
     """
     verify_manifest(folder)
+    before = read_json(folder / "training_args.json")["arguments"]
+    for name, value in trainer.args.flat().items():
+        if before.get(name, value) != value:
+            print(f"WARNING: resumed with {name}={value}, saved with {before[name]}", flush=True)
     saved, _ = load_pretrained(folder, "model", verify=False)
     trainer.model.load_state_dict(saved.state_dict(), strict=True)
     trainer.ema.load_state_dict(read_tensors(weight_files(folder, "ema")))

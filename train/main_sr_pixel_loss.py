@@ -8,17 +8,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from train.arguments import (  # noqa: E402
-    DataArguments,
-    ModelArguments,
-    RunArguments,
-    TrainingArguments,
-    parse_arguments,
-)
+from train.arguments import TrainingArguments as TrainingArguments  # noqa: E402
+from train.arguments import parse_arguments  # noqa: E402
 from train.build import build_trainer  # noqa: E402
 from train.distributed import require_single_process  # noqa: E402
-
-__all__ = ["DataArguments", "ModelArguments", "RunArguments", "TrainingArguments", "main"]
+from train.trainer import NonFiniteError  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,11 +26,11 @@ def main(argv: list[str] | None = None) -> None:
         args = parse_arguments(argv)
         print(args.table(), flush=True)
         trainer = build_trainer(args)
-    except (ValueError, OSError) as error:
+        trainer.run.mkdir(parents=True, exist_ok=True)
+        args.save(trainer.run / "training_args.json")
+        trainer.fit()
+    except (ValueError, OSError, NonFiniteError) as error:
         sys.exit(f"error: {error}")
-    trainer.run.mkdir(parents=True, exist_ok=True)
-    args.save(trainer.run / "training_args.json")
-    trainer.fit()
 
 
 if __name__ == "__main__":

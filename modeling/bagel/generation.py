@@ -6,6 +6,7 @@ past come from a cache.
 Shape legend: n new tokens, L latent tokens, D numbers in a latent token, Hk key heads, E head size.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,6 +43,12 @@ class SamplingConfig:
             raise ValueError(
                 f"cfg_renorm_type {self.cfg_renorm_type!r} is none of global, channel, text_channel"
             )
+        if self.num_timesteps < 2:
+            raise ValueError(f"num_timesteps={self.num_timesteps}: one step takes two times")
+        if not 0 < self.timestep_shift < math.inf:
+            raise ValueError(f"timestep_shift={self.timestep_shift} must be positive and finite")
+        if not (math.isfinite(self.cfg_text_scale) and math.isfinite(self.cfg_img_scale)):
+            raise ValueError("cfg_text_scale and cfg_img_scale must be finite")
 
 
 class KVCache:

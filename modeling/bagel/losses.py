@@ -25,6 +25,7 @@ from ..geometry import unpatchify
 from .pixel_space import ImageLoss, PixelSpace, PixelSpaceTerm, TargetImage
 from .pixel_space import PixelTerm as PixelTerm
 from .pixel_space import SSIMTerm as SSIMTerm
+from .pixel_space import _scale_gradient as _scale_gradient
 from .ssim import gaussian_window, ssim_per_image
 
 if TYPE_CHECKING:
@@ -235,22 +236,6 @@ class LossSet:
         }
 
 
-class _GradientScale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.scale, None
-
-
-def _scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """Identity whose gradient is multiplied by `scale`."""
-    return x if scale == 1 else _GradientScale.apply(x, scale)
-
-
 def _gaussian_window(window_size: int, sigma: float = 1.5) -> Tensor:
     """(window_size,) float32 Gaussian that sums to 1."""
     return gaussian_window(window_size, sigma, dtype=torch.float32, device=torch.device("cpu"))
@@ -300,14 +285,17 @@ def compute_pixel_loss(
     """
     if loss_type not in ("l1", "l2", "mse"):
         raise ValueError(f"pixel loss type {loss_type!r} is none of l1, l2, mse")
-    error = (x_pred.float() - x_gt.float()).abs() ** (1 if loss_type == "l1" else 2)
+    if x_pred.shape != x_gt.shape:
+        raise ValueError(f"images of {tuple(x_pred.shape)} and {tuple(x_gt.shape)} differ in shape")
+    dtype = torch.promote_types(torch.promote_types(x_pred.dtype, x_gt.dtype), torch.float32)
+    error = (x_pred.to(dtype) - x_gt.to(dtype)).abs() ** (1 if loss_type == "l1" else 2)
     batch, channels, *size = error.shape
     if mask is None:
         return error.sum() / max(error.numel(), 1)
     if mask.shape != (batch, 1, *size):
         raise ValueError(f"a mask must be {(batch, 1, *size)}, not {tuple(mask.shape)}")
-    weight = channels * mask.sum(dtype=torch.float32)
-    return (error * mask.float()).sum() / weight.where(weight > 0, 1.0)
+    weight = channels * mask.sum(dtype=dtype)
+    return (error * mask.to(dtype)).sum() / weight.where(weight > 0, 1.0)
 
 
 def compute_perceptual_loss(

@@ -145,6 +145,9 @@ def check_packing(compare: Comparison, batch: PackedBatch, inputs: dict[str, Ten
     for name, value in found.items():
         compare.equal(f"packing {name}", value, inputs[name].tolist())
     compare.identical("packing packed_vit_tokens", batch.vit.patches, inputs["packed_vit_tokens"])
+    per_image = inputs["packed_timesteps"].split(list(batch.vae.lens))
+    varying = [i for i, times in enumerate(per_image) if len(times.unique()) > 1]
+    compare.equal("packing images with one time each", varying, [])
     per_token = torch.tensor(batch.vae.time_logits).repeat_interleave(torch.tensor(batch.vae.lens))
     compare.equal(
         "packing which images are targets",
@@ -244,6 +247,9 @@ def check_inference(compare: Comparison, model: Bagel, folder: Path) -> None:
         "cfg_interval": tuple(args["cfg_interval"]),
         "cfg_renorm_min": args["cfg_renorm_min"],
     }
+    for name in sorted(record):
+        if name.startswith("latent_") and name.removeprefix("latent_") not in args["cases"]:
+            print(f"skipped {name}: no such case in inference_args.json")
     for case, settings in args["cases"].items():
         config = SamplingConfig(**(common | settings))
         found = sample_latents(contexts[0], record["init_noise"], grid, config, *contexts[1:])

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -205,3 +207,35 @@ def test_rules_come_from_the_folder(restorer, tmp_path):
     task = Restorer.load(folder).task
     rules = dict(zip(DEFAULT_RULES, (task.vae_rule, task.vit_rule), strict=True))
     assert rules == {name: ResizeRule(**rule) for name, rule in DEFAULT_RULES.items()}
+
+
+def test_a_failed_sample_is_tried_again(restorer, pairs, tmp_path):
+    shutil.copytree(pairs, tmp_path / "pairs")
+    record = json.loads((pairs / "test.jsonl").read_text().splitlines()[0])
+    image = tmp_path / "pairs" / record["input_img"][0]["path"]
+    image.rename(tmp_path / "away.png")
+    settings = config(tmp_path / "pairs", tmp_path / "out", num_samples=2)
+    assert run(restorer, settings)["overall"]["n_failed"] == 1
+    (tmp_path / "away.png").rename(image)
+    assert (
+        run(restorer, settings)["overall"] | {"n_failed": 0, "total_samples": 2}
+        == run(restorer, settings)["overall"]
+    )
+    assert sorted(r["sample_id"] for r in results(tmp_path / "out")) == [0, 1]
+
+
+def test_mistakes_on_the_command_line_are_one_line(pairs, tmp_path):
+    script = Path(__file__).parents[2] / "inference_pipeline" / "MedQ-Uni_run_batch_test2.py"
+    command = [sys.executable, str(script), "--annotation_file", str(pairs / "test.jsonl")]
+    command += ["--image_root", str(pairs), "--output_dir", str(tmp_path), "--model_path", "nope"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: nope: ema.safetensors not found")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_timesteps": 1}, {"timestep_shift": 0.0}, {"cfg_text_scale": math.nan}]
+)
+def test_settings_of_sampling_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        SamplingConfig(**wrong)

@@ -369,6 +369,9 @@ def test_a_mask_of_another_shape_or_dtype():
         for function in (compute_ssim_loss, compute_pixel_loss):
             with pytest.raises(ValueError, match=r"\(3, 1, 20, 24\)"):
                 function(pred, true, torch.ones(shape))
+    with pytest.raises(ValueError, match="differ in shape"):
+        compute_pixel_loss(pred, true[..., :1])
+    assert compute_pixel_loss(pred.double(), true).dtype == torch.float64
     # More ones than float16 can count.
     large = torch.rand(1, 1, 300, 300)
     half = torch.ones(1, 1, 300, 300, dtype=torch.float16)

@@ -451,3 +451,31 @@ def test_two_terms_are_looked_at_once_in_a_log_window(checkpoint, mixture, tmp_p
             if step == 2:
                 trainer.telemetry.end_window({})
         assert looked == [bool(n) for n in expected]
+
+
+def test_errors_of_a_run_are_one_line(checkpoint, mixture, tmp_path, monkeypatch):
+    """Also those that show in the middle of it."""
+    args = run_arguments(checkpoint, mixture, tmp_path / "run")
+    words = [f"--{name}={value}" for name, value in args.flat().items() if name in args.sources]
+
+    def failing(trainer: Trainer) -> None:
+        raise NonFiniteError("step 3: nan")
+
+    monkeypatch.setattr(Trainer, "fit", failing)
+    with pytest.raises(SystemExit, match=r"^error: step 3: nan$"):
+        main(words)
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(SystemExit, match=r"^error: .*bad.yaml: no YAML"):
+        main([*words, f"--config={tmp_path}/bad.yaml"])
+    with pytest.raises(SystemExit, match="attention_backend='foo' is neither sdpa nor flex"):
+        main([*words, "--attention_backend=foo"])
+
+
+def test_arguments_that_changed_since_a_checkpoint_are_told(
+    finished, checkpoint, mixture, tmp_path, capsys
+):
+    common = {"resume_from": finished / "0000002", **PIXEL_SPACE}
+    build_trainer(run_arguments(checkpoint, mixture, tmp_path, lr=0.5, data_seed=7, **common))
+    told = [x for x in capsys.readouterr().out.splitlines() if x.startswith("WARNING: resumed")]
+    assert "WARNING: resumed with lr=0.5, saved with 0.001" in told
+    assert "WARNING: resumed with data_seed=7, saved with 42" in told
