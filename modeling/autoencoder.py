@@ -6,6 +6,7 @@ Submodule names are the tensor names of `ae.safetensors`.
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -98,8 +99,7 @@ def _middle(channels: int) -> nn.Sequential:
 
 def _level(c_in: int, c_out: int, blocks: int, **resample: nn.Module) -> nn.Sequential:
     """Residual blocks of one resolution, then the change to the next (none at the last)."""
-    widths = [c_in, *[c_out] * blocks]
-    pairs = zip(widths, widths[1:], strict=False)
+    pairs = pairwise([c_in, *[c_out] * blocks])
     return _named(block=nn.Sequential(*(ResnetBlock(a, b) for a, b in pairs)), **resample)
 
 
@@ -115,7 +115,7 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         widths, levels = config.widths, []
-        for i, (c_in, c_out) in enumerate(zip([config.ch, *widths], widths, strict=False)):
+        for i, (c_in, c_out) in enumerate(pairwise([config.ch, *widths])):
             change = {"downsample": _downsample(c_out)} if i < len(widths) - 1 else {}
             levels.append(_level(c_in, c_out, config.num_res_blocks, **change))
         self.conv_in = _conv3(config.in_channels, config.ch)

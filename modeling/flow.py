@@ -5,6 +5,7 @@ z_t = (1 - t) z0 + t e, with velocity v = e - z0 (Liu et al. 2022, Lipman et al.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -65,6 +66,6 @@ def euler_times(num_timesteps: int, shift: float) -> list[float]:
 
 def euler(x: Tensor, velocity_at: Callable[[Tensor, float], Tensor], times: list[float]) -> Tensor:
     """Integrates dx = v dt from times[0] to times[-1]."""
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in pairwise(times):
         x = x - velocity_at(x, t) * (t - t_next)
     return x

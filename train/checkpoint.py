@@ -73,9 +73,8 @@ def save_checkpoint(trainer: "Trainer") -> Path:
 def load_checkpoint(folder: Path, trainer: "Trainer") -> dict[str, Any]:
     """Restores weights, EMA and optimizer in place; returns the rest of the state.
 
-    Prints every argument that has changed since.
-
-    Raises CheckpointError when a file is missing or damaged, or other weights were trained.
+    Prints every argument that has changed since. Raises CheckpointError when a file is missing or
+    damaged, or other weights were trained.
     """
     verify_manifest(folder)
     before = read_json(folder / "training_args.json")["arguments"]

@@ -25,7 +25,6 @@ from ..geometry import unpatchify
 from .pixel_space import ImageLoss, PixelSpace, PixelSpaceTerm, TargetImage
 from .pixel_space import PixelTerm as PixelTerm
 from .pixel_space import SSIMTerm as SSIMTerm
-from .pixel_space import _scale_gradient as _scale_gradient
 from .ssim import gaussian_window, ssim_per_image
 
 if TYPE_CHECKING:
@@ -234,6 +233,11 @@ class LossSet:
             for name, total in losses.sums.items()
             if name in counts
         }
+
+
+def _scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """Identity whose gradient is multiplied by `scale`."""
+    return x.detach() + scale * (x - x.detach())
 
 
 def _gaussian_window(window_size: int, sigma: float = 1.5) -> Tensor:

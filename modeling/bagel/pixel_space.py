@@ -139,22 +139,6 @@ class SSIMTerm(PixelSpaceTerm):
         return self.grad_scale * gradient, share
 
 
-class _GradientScale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.scale, None
-
-
-def _scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """Identity whose gradient is multiplied by `scale`."""
-    return x if scale == 1 else _GradientScale.apply(x, scale)
-
-
 @dataclass(frozen=True)
 class PixelSpaceLosses:
     """The terms of one batch by name."""

@@ -9,6 +9,7 @@ predicted velocity, for the presets, beside the norm of the velocity's own squar
 
 import argparse
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -73,7 +74,7 @@ def by_texture(restorer: Restorer, slices: list[np.ndarray], path: Path) -> str:
         "|---|---|---|---|---|",
     ]
     ratios = []
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         inside = (deviation >= low) & (deviation < high)
         if not inside.any():
             continue
