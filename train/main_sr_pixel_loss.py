@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from train.arguments import TrainingArguments as TrainingArguments  # noqa: E402
-from train.arguments import parse_arguments  # noqa: E402
+from train.arguments import help_text, parse_arguments  # noqa: E402
 from train.build import build_trainer  # noqa: E402
 from train.distributed import require_single_process  # noqa: E402
 from train.trainer import NonFiniteError  # noqa: E402
@@ -18,8 +18,7 @@ from train.trainer import NonFiniteError  # noqa: E402
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
-        print(f"{__doc__}\nArguments and defaults (units: train/arguments.py):\n")
-        print(parse_arguments([]).table())
+        print(f"{__doc__}\nArguments and defaults:\n\n{help_text()}")
         return
     try:
         require_single_process()

@@ -24,6 +24,7 @@ run() {
   local name=$1 seed=$2 preset=$3 folder=$OUT/$1/$2
   shift 3
   python train/main_sr_pixel_loss.py --config "configs/experiments/$preset.yaml" "$@" \
+    --bf16 False --activation_checkpointing False \
     --model_path configs/tiny/checkpoint --dataset_config_file "$OUT/data/mixture.yaml" \
     --checkpoint_dir "$folder/run" --global_seed "$seed" --data_seed "$seed" \
     --total_steps "$STEPS" --save_every "$STEPS" --log_every 10 --warmup_steps 20 --lr 3e-4 \

@@ -11,6 +11,7 @@ run() {
   local name=$1 preset=$2 folder=$out/$1
   shift 2
   python train/main_sr_pixel_loss.py --config "configs/experiments/$preset.yaml" "$@" \
+    --bf16 False --activation_checkpointing False \
     --model_path configs/tiny/checkpoint --dataset_config_file "$out/data/mixture.yaml" \
     --checkpoint_dir "$folder/run" --total_steps 4000 --save_every 1000 --log_every 50 \
     --warmup_steps 50 --lr 3e-4 --ema 0.99 --full_noise_fraction 0.25 \

@@ -28,13 +28,13 @@ def test_later_sources_win_and_are_remembered(tmp_path):
     assert (args.model.model_path, args.model.vit_rope) == ("weights", True)
     assert training.total_steps == 500_000
     assert args.sources == {
-        "lr": base,
-        "save_every": str(tmp_path / "sub" / "m.yaml"),
-        "model_path": top,
+        "lr": f"{base}:1",
+        "save_every": f"{tmp_path / 'sub' / 'm.yaml'}:2",
+        "model_path": f"{top}:2",
         "log_every": "command line",
         "vit_rope": "command line",
     }
-    assert base != middle
+    assert base != middle and args.config == top
     table = args.table().splitlines()
     assert len(table) == len(args.flat())
     row = {line.split()[0]: line.split()[1:] for line in table}
@@ -42,7 +42,7 @@ def test_later_sources_win_and_are_remembered(tmp_path):
     assert row["total_steps"] == ["500000", "default"]
     args.save(tmp_path / "saved.json")
     saved = json.loads((tmp_path / "saved.json").read_text())
-    assert saved == {"arguments": args.flat(), "sources": args.sources}
+    assert saved == {"config": top, "arguments": args.flat(), "sources": args.sources}
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,9 @@ def test_values_keep_their_types():
     args = parse_arguments(["--lr", "1e-5", "--total_steps", "10", "--resume_from", "None"])
     assert (args.training.lr, args.training.total_steps) == (1e-5, 10)
     assert args.training.resume_from is None
-    args = parse_arguments(["--max_latent_size", "32", "--timestep_shift", "4", "--min_lr=-1"])
-    assert (args.model.max_latent_size, args.training.timestep_shift) == (32, 4.0)
+    args = parse_arguments(["--max_latent_size", "32", "--timestep_shift", "4", "--local-rank=-1"])
+    found = args.model.max_latent_size, args.training.timestep_shift, args.training.local_rank
+    assert found == (32, 4.0, -1)
 
 
 @pytest.mark.parametrize(
@@ -101,21 +102,24 @@ def test_mistakes_on_the_command_line(argv, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lr: 1\ntotl_steps: 3\n", "unknown argument 'totl_steps'; did you mean 'total_steps'?"),
-        ("warmup_steps: 0.5\n", "warmup_steps=0.5 is no int"),
-        ("total_steps: true\n", "total_steps=True is no int"),
-        ("lr: [1, 2]\n", "lr=[1, 2] is no float"),
-        ("lr: null\n", "lr=None is no float"),
-        ("checkpoint_dir: null\n", "checkpoint_dir=None is no str"),
-        ("model_path: [a]\n", "model_path=['a'] is no str"),
-        ("- lr\n", "a mapping of arguments is expected"),
+        ("lr: 1\ntotl_steps: 3\n", "2: unknown argument 'totl_steps'; did you mean 'total_steps'?"),
+        ("# x\n\nwarmup_steps: 0.5\n", "3: warmup_steps=0.5 is no int"),
+        ("total_steps: true\n", "1: total_steps=True is no int"),
+        ("lr: [1, 2]\n", "1: lr=[1, 2] is no float"),
+        ("lr: null\n", "1: lr=None is no float"),
+        ("checkpoint_dir: null\n", "1: checkpoint_dir=None is no str"),
+        ("lr: 1\nmodel_path: [a]\n", "2: model_path=['a'] is no str"),
+        ("lr: 1\nema: 1.5\n", "2: ema=1.5 is no decay in [0, 1)"),
+        ("lr: 1\nema: 0.9\nlr: 2\n", "3: lr stands in {path}:1 already"),
+        ("- lr\n", " a mapping of arguments is expected"),
+        ("lr: {\n", " no YAML: while parsing a flow node\nexpected the node content, but found "),
     ],
 )
-def test_mistakes_in_yaml_name_the_file(tmp_path, text, message):
+def test_mistakes_in_yaml_name_file_and_line(tmp_path, text, message):
     config = yaml_file(tmp_path / "a.yaml", text)
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+    with pytest.raises(ValueError) as caught:
         parse_arguments(["--config", config])
-    assert str(caught.value).startswith(f"{config}: ")
+    assert str(caught.value).startswith(f"{config}:{message.format(path=config)}")
 
 
 def test_files_that_extend_each_other(tmp_path):

@@ -1,0 +1,221 @@
+"""Which values of arguments are allowed, what they imply, and which contradict each other."""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .arguments import RunArguments, TrainingArguments
+
+STRATEGIES = ("HYBRID_SHARD", "FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD")
+FSDP_ONLY = ("num_replicate", "num_shard", "sharding_strategy", "cpu_offload")
+DEEPSPEED_ONLY = ("zero_stage", "ds_config_file")
+OLD_LAYER_MODULE = "Qwen2MoTDecoderLayer_with_hidden_outputs"
+"""Default of former trainers; a class of that name has never existed."""
+
+
+def _one_of(*values: Any) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in values, f"is none of {', '.join(map(str, values))}"
+
+
+RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "max_checkpoints|(log|save)_every|(total|gradient_accumulation|pixel_space_unseen)_steps"
+        "|max_(nonfinite_steps|save_failures)|val_(steps|images)|num_(replicate|shard)"
+        "|prefetch_factor|pixel_loss_chunk_size|vae_checkpoint_pixels|expected_num_tokens",
+        lambda n: n is None or n >= 1,
+        "must be at least 1",
+    ),
+    ("val_num_timesteps", lambda n: n >= 2, "must be at least 2"),
+    (
+        "pixel_space_balance|pixel_space_max_ratio|ssim_grad_clamp|ssim_grad_scale|timestep_shift"
+        "|lr|(vit|llm|mot_und|mot_gen)_lr|eps|spike_sigma|peak_tflops|lora_alpha",
+        lambda x: x is None or 0 < x < math.inf,
+        "must be positive and finite",
+    ),
+    ("max_grad_norm", lambda x: x > 0, "must be positive"),
+    (
+        r"(spike_)?warmup_steps|val_every|num_workers|max_buffer_size|prefer_buffer_before"
+        r"|lora_rank|hang_timeout|min_lr|\w+_seed",
+        lambda x: x >= 0,
+        "must not be negative",
+    ),
+    (r"(ce|mse|\w+_loss)_weight", lambda x: 0 <= x < math.inf, "must be a number from 0 on"),
+    (r"\w+_cond_dropout_prob|lora_dropout", lambda p: 0 <= p <= 1, "is no probability"),
+    (r"\w+_fraction", lambda share: 0 <= share <= 1, "is no share in [0, 1]"),
+    (r"\w+_loss_max_t", lambda t: 0 < t <= 1, "is not in (0, 1]"),
+    ("beta1|beta2", lambda x: 0 <= x < 1, "is not in [0, 1)"),
+    ("ema", lambda x: 0 <= x < 1, "is no decay in [0, 1)"),
+    ("ssim_window_size", lambda n: n > 0 and n % 2 == 1, "must be odd"),
+    ("device", *_one_of("auto", "cpu", "cuda")),
+    ("backend", *_one_of("auto", "single", "fsdp", "deepspeed")),
+    ("sharding_strategy", *_one_of(*STRATEGIES)),
+    ("backward_prefetch", *_one_of("BACKWARD_PRE", "BACKWARD_POST", None)),
+    ("zero_stage", *_one_of(1, 2, 3)),
+    ("save_dtype", *_one_of(None, "float32", "bfloat16")),
+    ("attention_backend", *_one_of("sdpa", "flex")),
+    ("lr_scheduler", *_one_of("constant", "cosine")),
+    ("pixel_loss_type", *_one_of("l1", "l2", "mse")),
+    ("freeze_vae", lambda frozen: frozen, "cannot be: the autoencoder is not trained here"),
+)
+"""Pattern of names of arguments, what holds for their values, what to say when it does not."""
+
+
+def settle(args: "RunArguments", docs: dict[str, str]) -> list[str]:
+    """Sets what follows from other arguments. Returns warnings of what has no effect."""
+    model, training, sources = args.model, args.training, args.sources
+    warnings = [
+        _located(f"{name}: {docs[name]}", sources)
+        for name in sources
+        if docs.get(name, "").startswith("No effect")
+    ]
+    if model.layer_module == OLD_LAYER_MODULE:
+        model.layer_module = OLD_LAYER_MODULE.removesuffix("_with_hidden_outputs")
+        warnings.append(
+            _located(f"layer_module={OLD_LAYER_MODULE} means {model.layer_module}", sources)
+        )
+    if training.warmup_steps > training.total_steps:
+        warnings.append(
+            f"warmup_steps={training.warmup_steps} exceeds total_steps={training.total_steps}: "
+            f"lr={training.lr} is never reached"
+        )
+    implied = (
+        (model.use_flex, model, "attention_backend", "flex", "use_flex"),
+        (training.wandb_offline, training, "enable_wandb", True, "wandb_offline"),
+        (training.val_every > 0, training, "enable_validation", True, "val_every"),
+        (
+            training.resume_model_only,
+            training,
+            "resume_model_optimizer",
+            False,
+            "resume_model_only",
+        ),
+    )
+    for holds, group, name, value, reason in implied:
+        if holds and name not in sources:
+            setattr(group, name, value)
+            sources[name] = reason
+    return warnings
+
+
+def out_of_range(args: "RunArguments") -> Iterator[str]:
+    """One line per value that is outside of its range."""
+    for pattern, holds, complaint in RANGES:
+        for name, value in args.flat().items():
+            if re.fullmatch(pattern, name) and not holds(value):
+                yield _located(f"{name}={value!r} {complaint}", args.sources)
+
+
+def contradictions(args: "RunArguments") -> Iterator[str]:
+    """One line per group of arguments that cannot be meant together, with their sources."""
+    for rule in (_of_losses, _of_the_start, _of_trained_parts, _of_scale, _of_observation):
+        for message in rule(args):
+            yield _located(message, args.sources)
+
+
+def _located(message: str, sources: dict[str, str]) -> str:
+    """The message behind the places of the arguments that it names."""
+    names = [name for name in re.findall(r"\w+", message) if name in sources]
+    places = dict.fromkeys(sources[name] for name in names)
+    return f"{', '.join(places)}: {message}" if places else message
+
+
+def _of_losses(args: "RunArguments") -> Iterator[str]:
+    t = args.training
+    pixel_space = t.pixel_loss_weight > 0 or t.ssim_loss_weight > 0
+    if pixel_space and not t.visual_gen:
+        yield (
+            "pixel_loss_weight and ssim_loss_weight need the VAE decoder, which visual_gen=False "
+            "does not build"
+        )
+    if t.pixel_space_t_fraction > 0 and not pixel_space:
+        yield "pixel_space_t_fraction needs pixel_loss_weight or ssim_loss_weight above 0"
+    if t.pixel_space_balance is not None and not (pixel_space and t.mse_weight > 0):
+        yield (
+            "pixel_space_balance needs mse_weight and pixel_loss_weight or ssim_loss_weight above 0"
+        )
+
+
+def _of_the_start(args: "RunArguments") -> Iterator[str]:
+    t, model = args.training, args.model
+    if t.init_from_scratch and t.finetune_from_ema:
+        yield "init_from_scratch and finetune_from_ema contradict each other"
+    if t.init_from_scratch and t.resume_from is not None:
+        yield f"init_from_scratch and resume_from={t.resume_from} contradict each other"
+    if t.resume_model_only and t.resume_model_optimizer:
+        yield "resume_model_only=True and resume_model_optimizer=True contradict each other"
+    if t.resume_from is not None and t.finetune_from_ema and not t.resume_model_only:
+        yield (
+            f"resume_from={t.resume_from} continues with the trained weights, which "
+            "finetune_from_ema=True would replace by their average: drop one, or start anew from "
+            "the average with resume_model_only=True"
+        )
+    if not t.finetune_from_hf and model.llm_path is None:
+        yield "finetune_from_hf=False needs llm_path"
+    if t.finetune_from_hf and "llm_path" in args.sources:
+        yield "llm_path is not read with finetune_from_hf=True: drop it or set the flag to False"
+    if not t.finetune_from_hf and t.finetune_from_ema and t.resume_from is None:
+        yield "finetune_from_ema reads model_path, which finetune_from_hf=False does not"
+    if model.use_flex and model.attention_backend != "flex":
+        yield f"use_flex=True and attention_backend={model.attention_backend} contradict each other"
+
+
+def _of_trained_parts(args: "RunArguments") -> Iterator[str]:
+    t, model = args.training, args.model
+    if t.lr_scheduler == "cosine" and t.min_lr > t.lr:
+        yield f"min_lr={t.min_lr} exceeds lr={t.lr}"
+    for whole, part in (
+        ("freeze_llm", "freeze_und"),
+        ("freeze_llm", "freeze_mot_und"),
+        ("freeze_llm", "freeze_mot_gen"),
+        ("freeze_und", "freeze_mot_und"),
+    ):
+        if getattr(t, whole) and getattr(t, part):
+            yield f"{whole} already freezes what {part} would"
+    yield from _frozen_rates(t)
+    if t.llm_lr is not None and (t.mot_und_lr is not None or t.mot_gen_lr is not None):
+        yield "llm_lr and mot_und_lr or mot_gen_lr set the rate of the same weights: drop one"
+    if model.lora_rank > 0 and (t.freeze_mot_und or t.freeze_mot_gen):
+        yield (
+            f"lora_rank={model.lora_rank} freezes the language model: drop freeze_mot_und and "
+            "freeze_mot_gen, and choose the adapted layers by lora_targets"
+        )
+    if model.lora_rank > 0 and not model.lora_targets.strip(", "):
+        yield f"lora_rank={model.lora_rank} needs lora_targets"
+
+
+def _frozen_rates(t: "TrainingArguments") -> Iterator[str]:
+    for part in ("llm", "vit", "mot_und", "mot_gen"):
+        rate = getattr(t, f"{part}_lr")
+        if getattr(t, f"freeze_{part}") and rate is not None:
+            yield f"{part}_lr={rate} has nothing to train with freeze_{part}=True"
+
+
+def _of_scale(args: "RunArguments") -> Iterator[str]:
+    t, sources = args.training, args.sources
+    foreign = FSDP_ONLY if t.backend == "deepspeed" else DEEPSPEED_ONLY
+    for name in foreign:
+        if name in sources:
+            yield f"{name}={getattr(t, name)} has no meaning with backend={t.backend}"
+    if t.ds_config_file is not None and "zero_stage" in sources:
+        yield f"zero_stage={t.zero_stage} would be overruled by ds_config_file={t.ds_config_file}"
+    if args.data.expected_num_tokens > args.data.max_num_tokens:
+        yield (
+            f"expected_num_tokens={args.data.expected_num_tokens} exceeds "
+            f"max_num_tokens={args.data.max_num_tokens}"
+        )
+
+
+def _of_observation(args: "RunArguments") -> Iterator[str]:
+    t = args.training
+    if t.wandb_offline and not t.enable_wandb:
+        yield "wandb_offline=True and enable_wandb=False contradict each other"
+    if t.val_every > 0 and not t.enable_validation:
+        yield f"val_every={t.val_every} and enable_validation=False contradict each other"
+    if t.enable_validation and t.val_every == 0:
+        yield "enable_validation needs val_every above 0"
+    if t.enable_validation and t.val_dataset_config_file is None:
+        yield "val_every and enable_validation need val_dataset_config_file"
+    if t.best_metrics and not t.enable_validation:
+        yield f"best_metrics={t.best_metrics} needs val_every above 0"
