@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Qwen2Config, SiglipVisionConfig
 
@@ -55,6 +54,7 @@ POSITION_TABLES = {
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
 SHARD_BYTES = 5 * 10**9
+"""Largest size of a weight file, unless a single tensor is larger."""
 LLM_FIELDS = ("qk_norm", "layer_module")
 """Ours in `llm_config.json`; released folders lack them."""
 SETTINGS = {*LLM_FIELDS, *(f.name for f in dataclasses.fields(BagelConfig))} - {"llm", "vit", "vae"}
@@ -76,6 +76,10 @@ FLAGS = (
 
 class CheckpointError(ValueError):
     """A checkpoint folder that does not fit; the message names tensors, shapes and the flag."""
+
+
+class DamagedError(CheckpointError):
+    """A file that is missing, cut off or changed since it was written."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def weight_files(folder: Path, weights: Weights) -> list[Path]:
+def weight_files(folder: Path, weights: str) -> list[Path]:
     """The file(s) of `weights`. Raises CheckpointError that lists what is there instead."""
     index = read_json(folder / f"{weights}.safetensors.index.json")
     names = set(index["weight_map"].values()) if index else {f"{weights}.safetensors"}
@@ -140,7 +144,7 @@ def read_tensors(files: Iterable[Path], prefix: str = "") -> dict[str, Tensor]:
             tensors |= {prefix + name: tensor for name, tensor in load_file(file).items()}
         except (OSError, SafetensorError) as error:
             hint = "is the folder of --model_path or --resume_from whole?"
-            raise CheckpointError(f"{file}: unreadable ({hint}): {error}") from error
+            raise DamagedError(f"{file}: unreadable ({hint}): {error}") from error
     return tensors
 
 
@@ -226,12 +230,36 @@ def load_pretrained(
     verify: bool = True,
     autoencoder: bool = True,
 ) -> tuple[Bagel, LoadReport]:
-    """Builds the model on the meta device and loads every tensor of a checkpoint folder.
+    """The model of a checkpoint folder with all its tensors, see `open_pretrained`.
 
     `dtype` casts the model (None keeps the file's); the autoencoder keeps its own, because pixels
-    need float32. `verify` checks the sha256 of a folder that has a manifest. Without `autoencoder`
-    it is neither built nor loaded. Raises CheckpointError for a missing, unexpected or misshapen
-    tensor, a missing file or a wrong hash.
+    need float32.
+    """
+    model, tensors, report = open_pretrained(
+        folder, weights, overrides=overrides, verify=verify, autoencoder=autoencoder
+    )
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.to(device, None if name.startswith(VAE_PREFIX) else dtype)
+    if model.config.llm.tie_word_embeddings:
+        # The same parameter under both names stays one when it is assigned.
+        tensors[EMBEDDINGS] = tensors[HEAD] = nn.Parameter(tensors[EMBEDDINGS])
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model, report
+
+
+def open_pretrained(
+    folder: str | Path,
+    weights: Weights = "ema",
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    verify: bool = True,
+    autoencoder: bool = True,
+) -> tuple[Bagel, dict[str, Tensor], LoadReport]:
+    """The model on the meta device and the tensors that fill it, mapped: not read before use.
+
+    `verify` checks the sha256 of a folder that has a manifest. Without `autoencoder` it is neither
+    built nor loaded. Raises CheckpointError for a missing, unexpected or misshapen tensor, a
+    missing file or a wrong hash.
     """
     folder = Path(folder)
     files = weight_files(folder, weights)
@@ -249,23 +277,23 @@ def load_pretrained(
     tied = (HEAD,) if config.llm.tie_word_embeddings else ()
     found = {n: expected[n] for n in (*recomputed, *tied)} | _shapes(tensors)
     _require_fit(folder, expected, found)
-    for name, tensor in tensors.items():
-        tensors[name] = tensor.to(device, None if name.startswith(VAE_PREFIX) else dtype)
     for name in recomputed:
         rows, channels = expected[name]
         tensors[name] = sin_cos_table(math.isqrt(rows), channels).to(tensors[EMBEDDINGS])
     if tied:
-        # The same parameter under both names stays one when it is assigned.
-        tensors[EMBEDDINGS] = tensors[HEAD] = nn.Parameter(tensors[EMBEDDINGS])
-    model.load_state_dict(tensors, strict=True, assign=True)
-    return model, LoadReport(
-        folder=str(folder),
-        files=tuple(f.name for f in [*files, *vae_files]),
-        weights=weights,
-        tensors=len(expected) - len(recomputed),
-        parameters=sum(p.numel() for p in model.parameters()),
-        share=1 - len(recomputed) / len(expected),
-        recomputed=recomputed,
+        tensors[HEAD] = tensors[EMBEDDINGS]
+    return (
+        model,
+        tensors,
+        LoadReport(
+            folder=str(folder),
+            files=tuple(f.name for f in [*files, *vae_files]),
+            weights=weights,
+            tensors=len(expected) - len(recomputed),
+            parameters=sum(p.numel() for p in model.parameters()),
+            share=1 - len(recomputed) / len(expected),
+            recomputed=recomputed,
+        ),
     )
 
 
@@ -319,18 +347,26 @@ def save_pretrained(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.config
-    left_out = (VAE_PREFIX, HEAD) if config.llm.tie_word_embeddings else VAE_PREFIX
     for weights, state in states.items():
-        save_torch_state_dict(
-            {k: v.to(dtype or v.dtype) for k, v in state.items() if not k.startswith(left_out)},
-            folder,
-            filename_pattern=weights + "{suffix}.safetensors",
-            max_shard_size=SHARD_BYTES,
-        )
+        kept = {name: state[name] for name in saved_names(model.config, state)}
+        save_tensors(folder, weights, {k: v.to(dtype or v.dtype) for k, v in kept.items()})
+    save_settings(model, folder, tokenizer_from)
+    write_manifest(folder)
+
+
+def saved_names(config: BagelConfig, names: Iterable[str]) -> list[str]:
+    """Of a state dict's names those in weight files: no autoencoder, a tied head once."""
+    left_out = (VAE_PREFIX, HEAD) if config.llm.tie_word_embeddings else VAE_PREFIX
+    return [name for name in names if not name.startswith(left_out)]
+
+
+def save_settings(model: Bagel, folder: Path, tokenizer_from: str | Path | None = None) -> None:
+    """Writes all of a checkpoint folder but weights and manifest: the autoencoder, the sizes, and
+    the tokenizer files of another folder."""
+    config = model.config
     if hasattr(model, "vae"):
-        vae = model.vae.state_dict()
-        save_torch_state_dict(vae, folder, filename_pattern="ae{suffix}.safetensors")
+        vae = {name: tensor.contiguous() for name, tensor in model.vae.state_dict().items()}
+        save_file(vae, folder / VAE_FILE, {"format": "pt"})
     own = {
         f.name: getattr(config, f.name)
         for f in dataclasses.fields(config)
@@ -347,7 +383,40 @@ def save_pretrained(
         for name in TOKENIZER_FILES:
             if (source := Path(tokenizer_from) / name).exists() and source.parent != folder:
                 shutil.copyfile(source, folder / name)
-    write_manifest(folder)
+
+
+def file_plan(stem: str, sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """File -> its tensors, by their sizes in bytes: one file, or numbered ones of `SHARD_BYTES`."""
+    parts: list[list[str]] = [[]]
+    room = SHARD_BYTES
+    for name, size in sizes.items():
+        if size > room and parts[-1]:
+            parts.append([])
+            room = SHARD_BYTES
+        parts[-1].append(name)
+        room -= size
+    if len(parts) == 1:
+        return {f"{stem}.safetensors": parts[0]}
+    return {f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors": p for i, p in enumerate(parts, 1)}
+
+
+def save_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors as `file_plan` says, with an index if they are in several files."""
+    for old in folder.glob(f"{stem}*.safetensors*"):
+        old.unlink()
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    plan = file_plan(stem, sizes)
+    for file, names in plan.items():
+        save_file({n: tensors[n].contiguous() for n in names}, folder / file, {"format": "pt"})
+    write_index(folder, stem, plan, sum(sizes.values()))
+
+
+def write_index(folder: Path, stem: str, plan: Mapping[str, list[str]], total_size: int) -> None:
+    """Says which file holds which tensor; nothing for a single file. `total_size` in bytes."""
+    if len(plan) > 1:
+        weight_map = {name: file for file, names in plan.items() for name in names}
+        content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        write_json(folder / f"{stem}.safetensors.index.json", content)
 
 
 def sha256(path: Path) -> str:
@@ -355,26 +424,28 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path) -> None:
-    """Hashes of all files; its presence says that the folder is complete."""
+def write_manifest(folder: Path, hashes: Mapping[str, str] | None = None) -> None:
+    """Hashes of all files (`hashes` are those known already); its presence says that the folder is
+    complete."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
+    known = dict(hashes or {})
     temporary = folder / (MANIFEST + ".tmp")
-    write_json(temporary, {p.name: sha256(p) for p in files})
+    write_json(temporary, {p.name: known.get(p.name) or sha256(p) for p in files})
     temporary.rename(folder / MANIFEST)
 
 
 def verify_manifest(folder: Path, names: Collection[str] = ()) -> None:
-    """Raises CheckpointError for a file that is missing or whose hash differs.
+    """Raises DamagedError for a file that is missing or whose hash differs.
 
     `names` limits the check to those files; without it every file of the manifest is checked.
     """
     if not (folder / MANIFEST).exists():
-        raise CheckpointError(f"{folder}: {MANIFEST} not found: the folder is incomplete")
+        raise DamagedError(f"{folder}: {MANIFEST} not found: the folder is incomplete")
     for name, expected in read_json(folder / MANIFEST).items():
         path = folder / name
         if names and name not in names:
             continue
         if not path.exists():
-            raise CheckpointError(f"{path} is named in {MANIFEST} and missing")
+            raise DamagedError(f"{path} is named in {MANIFEST} and missing")
         if (found := sha256(path)) != expected:
-            raise CheckpointError(f"{path} is damaged: sha256 {found}, {MANIFEST} says {expected}")
+            raise DamagedError(f"{path} is damaged: sha256 {found}, {MANIFEST} says {expected}")

@@ -4,6 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from data.config import load_mixture
 from data.loader import LoaderConfig, PackedLoader
@@ -11,80 +12,142 @@ from data.packer import PackerConfig
 from data.tokenizer import Tokenizer
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.losses import CrossEntropy, LossSet, PixelTerm, SSIMTerm, Term, VelocityMSE
-from modeling.pretrained import SETTINGS, LoadReport, Weights, load_architecture, load_pretrained
+from modeling.pretrained import (
+    MANIFEST,
+    SETTINGS,
+    LoadReport,
+    Weights,
+    load_architecture,
+    open_pretrained,
+)
 
+from .adapters import BASE, add_adapters, initial_adapters
 from .arguments import RunArguments, TrainingArguments
-from .checkpoint import step_folders
-from .distributed import all_reduce
+from .backends import make_backend
+from .checkpoint import load_state, newest_good, step_folders, verify
+from .distributed import all_reduce, local_device, rank
 from .ema import EMA
-from .optim import apply_freeze_plan, build_optimizer, build_schedule
+from .guard import Guard
+from .optim import apply_freeze_plan
 from .telemetry import Telemetry
 from .trainer import Trainer
 
 
 def build_trainer(args: RunArguments) -> Trainer:
     """The run, resumed where it stopped if it has a checkpoint and `auto_resume` is on."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if args.training.device == "auto" else args.training.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda: torch finds no GPU here")
-    torch.manual_seed(args.training.global_seed)
+    training = args.training
+    device = local_device(training.device)
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    model, report = build_model(args)
-    print(report, flush=True)
-    model.to(device)
-    apply_freeze_plan(model, args.training)
-    terms = build_terms(args.training)
+    folder = resume_folder(training)
+    source, weights = start(args, folder)
+    model, tensors, report = open_model(args, source, weights)
+    if rank() == 0:
+        print(report, flush=True)
+    if args.model.lora_rank > 0:
+        add_adapters(model, args.model)
+        tensors = adapted(model, tensors) | initial_adapters(model, training.global_seed)
+    apply_freeze_plan(model, training, lora=args.model.lora_rank > 0)
+    terms = build_terms(training)
     model.losses = LossSet(
         tuple(term for term, _ in terms),
-        chunk_size=args.training.pixel_loss_chunk_size,
-        adaptive_chunk=args.training.pixel_loss_adaptive_chunk,
-        balance=args.training.pixel_space_balance,
+        chunk_size=training.pixel_loss_chunk_size,
+        adaptive_chunk=training.pixel_loss_adaptive_chunk,
+        balance=training.pixel_space_balance,
         all_reduce=all_reduce,
     )
     if model.losses.needs_image:
-        model.vae.decoder.checkpoint_pixels = args.training.vae_checkpoint_pixels
-    optimizer = build_optimizer(model, args.training)
+        model.vae.decoder.checkpoint_pixels = training.vae_checkpoint_pixels
+    backend = make_backend(model, tensors, training, device)
     trainer = Trainer(
         args=args,
-        model=model,
-        loader=build_loader(args, model),
-        optimizer=optimizer,
-        schedule=build_schedule(optimizer, args.training),
-        ema=EMA(model, args.training.ema),
+        source=source,
+        backend=backend,
+        loader=build_loader(args, model, source),
+        ema=EMA(backend.masters, training.ema, backend.refresh),
         weights={term.name: weight for term, weight in terms},
         telemetry=Telemetry(
             [term.name for term in model.losses.pixel_terms],
-            args.training.pixel_space_unseen_steps,
-            args.training.pixel_space_max_ratio,
+            training.pixel_space_unseen_steps,
+            training.pixel_space_max_ratio,
         ),
-        device=device,
+        guard=Guard(
+            training.max_nonfinite_steps, training.spike_sigma, training.spike_warmup_steps, device
+        ),
     )
-    if (folder := resume_folder(args.training)) is not None:
-        trainer.resume(folder)
-        print(f"resumed from {folder} at step {trainer.step}", flush=True)
+    if folder is not None:
+        load_state(folder, trainer)
+        if rank() == 0:
+            print(f"resumed from {folder} at step {trainer.step}", flush=True)
     return trainer
 
 
-def build_model(args: RunArguments) -> tuple[Bagel, LoadReport | str]:
-    """Loads `model_path` strictly in float32; random weights only when asked for."""
-    training, path = args.training, args.model.model_path
-    if path is None:
+def resume_folder(args: TrainingArguments) -> Path | None:
+    """The step folder whose state the run continues, its hashes checked.
+
+    With `auto_resume` that is the newest good one of the run; else `resume_from`, unless that gives
+    weights only. Raises ValueError when the two contradict each other, or the run would write into
+    the folder of another one.
+    """
+    run = Path(args.checkpoint_dir)
+    folders = step_folders(run)
+    if folders and not args.auto_resume:
+        raise ValueError(
+            f"{run} already holds {folders[-1].name}: "
+            "choose another checkpoint_dir or --auto_resume True"
+        )
+    if folders:
+        wanted = args.resume_from and Path(args.resume_from).resolve()
+        if wanted and wanted.parent == run.resolve() and wanted != folders[-1].resolve():
+            raise ValueError(
+                f"resume_from={args.resume_from} and auto_resume with the newer {folders[-1]} "
+                "contradict each other: drop resume_from, or move the newer step folders away"
+            )
+        return newest_good(run)
+    if args.resume_from is None or args.resume_model_only:
+        return None
+    verify(folder := Path(args.resume_from))
+    return folder
+
+
+def start(args: RunArguments, folder: Path | None) -> tuple[Path, Weights]:
+    """Where the weights come from, and which."""
+    training, model_path = args.training, args.model.model_path
+    if folder is not None and not args.model.lora_rank:
+        return folder, "model"
+    if training.resume_from is not None and training.resume_model_only:
+        model_path = training.resume_from
+    if model_path is None:
         raise ValueError(
             "--model_path is needed: a checkpoint folder. Random weights too take configs, "
             "tokenizer and autoencoder from it (--init_from_scratch True)"
         )
+    return Path(model_path), "ema" if training.finetune_from_ema else "model"
+
+
+def open_model(
+    args: RunArguments, source: Path, weights: Weights
+) -> tuple[Bagel, dict[str, Tensor], LoadReport | str]:
+    """The model on the meta device, and the tensors that fill it; random only when asked for."""
     # Every setting of the model has an argument of its name; None keeps the checkpoint's value.
     values = {name.removeprefix("llm_"): value for name, value in args.flat().items()}
     overrides = {name: values[name] for name in SETTINGS if values[name] is not None}
-    if training.init_from_scratch:
-        model = load_architecture(path, overrides)
-        model.init_weights(training.copy_init_moe)
-        return model, f"RANDOM weights in the sizes of {path} (init_from_scratch)"
-    weights: Weights = "ema" if training.finetune_from_ema else "model"
-    return load_pretrained(path, weights, overrides=overrides, dtype=torch.float32)
+    if args.training.init_from_scratch and not (source / "trainer_state.json").exists():
+        torch.manual_seed(args.training.global_seed)
+        model = load_architecture(source, overrides)
+        model.init_weights(args.training.copy_init_moe)
+        report = f"RANDOM weights in the sizes of {source} (init_from_scratch)"
+        return model.to("meta"), model.state_dict(), report
+    if (source / MANIFEST).exists():
+        verify(source)
+    return open_pretrained(source, weights, overrides=overrides, verify=False)
+
+
+def adapted(model: Bagel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names that they have in a model with adapters."""
+    plain = {name: name.replace(BASE, "") for name in model.state_dict()}
+    return {name: tensors[known] for name, known in plain.items() if known in tensors}
 
 
 def build_terms(args: TrainingArguments) -> list[tuple[Term, float]]:
@@ -111,9 +174,9 @@ def build_terms(args: TrainingArguments) -> list[tuple[Term, float]]:
     return active
 
 
-def build_loader(args: RunArguments, model: Bagel) -> PackedLoader:
+def build_loader(args: RunArguments, model: Bagel, source: Path) -> PackedLoader:
     data, config = args.data, model.config
-    if data.dataset_config_file is None or args.model.model_path is None:
+    if data.dataset_config_file is None:
         raise ValueError("--dataset_config_file is needed: a YAML data mixture")
     gates = [term.max_t for term in model.losses.pixel_terms]
     packer = PackerConfig(
@@ -132,22 +195,4 @@ def build_loader(args: RunArguments, model: Bagel) -> PackedLoader:
     )
     loader = LoaderConfig(**{f.name: getattr(data, f.name) for f in fields(LoaderConfig)})
     mixture = load_mixture(data.dataset_config_file, data.data_root)
-    return PackedLoader(mixture, loader, packer, Tokenizer(args.model.model_path))
-
-
-def resume_folder(args: TrainingArguments) -> Path | None:
-    """`resume_from`, or with `auto_resume` the newest complete step folder of the run."""
-    folders = step_folders(Path(args.checkpoint_dir))
-    if args.resume_from is not None:
-        if args.auto_resume and folders:
-            raise ValueError(
-                f"resume_from={args.resume_from} and auto_resume with {folders[-1]} contradict "
-                "each other: drop one"
-            )
-        return Path(args.resume_from)
-    if folders and not args.auto_resume:
-        raise ValueError(
-            f"{args.checkpoint_dir} already holds {folders[-1].name}: "
-            "choose another checkpoint_dir or --auto_resume True"
-        )
-    return folders[-1] if folders else None
+    return PackedLoader(mixture, loader, packer, Tokenizer(source))

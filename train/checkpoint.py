@@ -1,36 +1,56 @@
-"""Step folders: save completely or not at all, find the newest, keep the last few.
+"""Step folders: saved completely or not at all, beside training; found, verified, kept or dropped.
 
-A step folder is a checkpoint folder in BAGEL's layout (so inference reads it as it is) plus
-`optimizer.safetensors`, `trainer_state.json` and `training_args.json`. No file is a pickle.
+A step folder is a checkpoint folder in BAGEL's layout (so inference reads it as it is) plus the
+optimizer's moments in `optimizer*.safetensors`, `trainer_state.json` and `training_args.json`.
+Tensors are whole and stand under their names, whatever ranks and back end have written them, so any
+other number of ranks and any other back end reads them. No file is a pickle.
 """
 
 import re
 import shutil
-from collections import defaultdict
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from modeling.pretrained import (
     MANIFEST,
     PREPROCESSOR_FILE,
-    CheckpointError,
-    load_pretrained,
+    DamagedError,
+    file_plan,
     read_json,
     read_tensors,
-    save_pretrained,
+    save_settings,
+    saved_names,
+    sha256,
     verify_manifest,
     weight_files,
+    write_index,
     write_json,
     write_manifest,
 )
+
+from .adapters import BASE, A, B, is_adapter, merged
+from .backends import MOMENTS
+from .distributed import all_gather, first_error, rank, sum_over_ranks, world_size
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
 STEP_FOLDER = re.compile(r"\d{7}|[1-9]\d{7,}")
+POLL_SECONDS = 0.05
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written, too often or for a reason that will not pass."""
 
 
 def step_folders(run: Path) -> list[Path]:
@@ -39,75 +59,251 @@ def step_folders(run: Path) -> list[Path]:
     return sorted((p for p in complete if STEP_FOLDER.fullmatch(p.name)), key=lambda p: int(p.name))
 
 
-def save_checkpoint(trainer: "Trainer") -> Path:
-    """Writes the step folder beside its place, then moves it there; drops the oldest ones."""
-    run, args, model = trainer.run, trainer.args, trainer.model
-    final, staging = run / f"{trainer.step:07d}", run / f".saving-{trainer.step:07d}"
-    for debris in run.glob(".saving-*"):
-        shutil.rmtree(debris)
-    save_pretrained(
-        model,
-        staging,
-        {"model": model.state_dict(), "ema": trainer.ema.state_dict(model)},
-        tokenizer_from=args.model.model_path,
-    )
-    save_file(_optimizer_tensors(trainer), staging / "optimizer.safetensors", {"format": "pt"})
-    state = {
-        "step": trainer.step,
-        "loader": trainer.loader.state_dict(),
-        "steps_without": trainer.telemetry.steps_without,
-    }
-    write_json(staging / "trainer_state.json", state)
-    # So that inference prepares images as training did.
-    write_json(staging / PREPROCESSOR_FILE, trainer.loader.resize_rules)
-    args.save(staging / "training_args.json")
-    write_manifest(staging)
-    if final.exists():
-        shutil.rmtree(final)
-    staging.rename(final)
-    for old in step_folders(run)[: -args.training.max_checkpoints]:
-        shutil.rmtree(old)
-    return final
+def verify(folder: Path) -> None:
+    """Checks the hash of every file, the ranks some files each. Raises DamagedError on all."""
+    error = None
+    try:
+        names = sorted(read_json(folder / MANIFEST))
+        # A rank without files of its own still checks that the folder is complete.
+        verify_manifest(folder, names[rank() :: world_size()] or [MANIFEST])
+    except DamagedError as found:
+        error = found
+    first_error(error)
 
 
-def load_checkpoint(folder: Path, trainer: "Trainer") -> dict[str, Any]:
-    """Restores weights, EMA and optimizer in place; returns the rest of the state.
+def newest_good(run: Path) -> Path | None:
+    """The newest step folder whose hashes are right; says which newer ones are damaged.
 
-    Prints every argument that has changed since. Raises CheckpointError when a file is missing or
-    damaged, or other weights were trained.
+    Raises DamagedError when there are step folders and all are damaged.
     """
-    verify_manifest(folder)
+    damaged: DamagedError | None = None
+    for folder in reversed(step_folders(run)):
+        try:
+            verify(folder)
+            return folder
+        except DamagedError as error:
+            damaged = error
+            if rank() == 0:
+                print(f"WARNING: {error}: trying the step before", flush=True)
+    if damaged is not None:
+        raise damaged
+    return None
+
+
+def load_state(folder: Path, trainer: "Trainer") -> None:
+    """Continues where the step folder stopped. Raises ValueError when it trained other weights."""
+    backend, args = trainer.backend, trainer.args
     before = read_json(folder / "training_args.json")["arguments"]
-    for name, value in trainer.args.flat().items():
-        if before.get(name, value) != value:
+    for name, value in args.flat().items():
+        if before.get(name, value) != value and rank() == 0:
             print(f"WARNING: resumed with {name}={value}, saved with {before[name]}", flush=True)
-    saved, _ = load_pretrained(folder, "model", verify=False)
-    trainer.model.load_state_dict(saved.state_dict(), strict=True)
-    trainer.ema.load_state_dict(read_tensors(weight_files(folder, "ema")))
-    _load_optimizer(trainer, read_tensors([folder / "optimizer.safetensors"]))
-    return read_json(folder / "trainer_state.json")
+    state = read_json(folder / "trainer_state.json")
+    if args.training.resume_model_optimizer:
+        moments = read_tensors(weight_files(folder, "optimizer"))
+        if changed := sorted({key.rsplit("/", 1)[0] for key in moments} ^ backend.weights.keys()):
+            raise ValueError(
+                f"{folder}: the optimizer state is not that of the trained weights: "
+                f"{', '.join(changed[:5])} ({len(changed)} in all) were trained and are frozen "
+                "now, or the reverse; were freeze flags changed? "
+                "--resume_model_optimizer False starts a new optimizer"
+            )
+        backend.load_moments(moments, state["updates"])
+    # The averages pass through the model on their way into the EMA.
+    for last, stems in enumerate((("ema", "adapters_ema"), ("model", "adapters"))):
+        files = [
+            file for stem in stems[: 1 + backend.adapted] for file in weight_files(folder, stem)
+        ]
+        backend.load(read_tensors(files))
+        if not last:
+            trainer.ema.restart()
+    trainer.step = state["step"]
+    trainer.loader.load_state_dict(state["loader"])
+    trainer.telemetry.steps_without |= state["steps_without"]
+    trainer.guard.load_state_dict(state["guard"])
 
 
-def _optimizer_tensors(trainer: "Trainer") -> dict[str, Tensor]:
-    """AdamW's tensors as `<parameter>/<exp_avg | exp_avg_sq | step>`."""
-    return {
-        f"{name}/{key}": value
-        for name, weight in trainer.ema.weights.items()
-        for key, value in trainer.optimizer.state.get(weight, {}).items()
-    }
+Stem = tuple[str, bool, Mapping[str, Callable[[], Tensor]]]
+"""A weight file's name, whether it holds averages, and its tensors: each is asked for on all
+ranks at once."""
 
 
-def _load_optimizer(trainer: "Trainer", tensors: dict[str, Tensor]) -> None:
-    places = {name: place for place, name in enumerate(trainer.ema.weights)}
-    # Not the other way round: weights that have had no gradient yet have no state.
-    if frozen := sorted({key.rsplit("/", 1)[0] for key in tensors} - places.keys()):
-        raise CheckpointError(
-            f"the optimizer state is not that of the trained weights: {', '.join(frozen[:5])} "
-            f"({len(frozen)} in all) were trained and are frozen now; were freeze flags changed?"
-        )
-    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in tensors.items():
-        name, kind = key.rsplit("/", 1)
-        state[places[name]][kind] = tensor
-    groups = trainer.optimizer.state_dict()["param_groups"]
-    trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
+def contents(trainer: "Trainer") -> Iterator[Stem]:
+    """The tensors of a step folder, whole."""
+    backend, lora = trainer.backend, trainer.args.model
+
+    def weight(name: str) -> Tensor:
+        whole = backend.full(name)
+        if not name.endswith(BASE + ".weight"):
+            return whole
+        stem = name.split(BASE)[0]
+        return merged(whole, backend.full(stem + A), backend.full(stem + B), lora)
+
+    own = saved_names(trainer.model.config, backend.sizes)
+    plain = {n.replace(BASE, ""): partial(weight, n) for n in own if not is_adapter(n)}
+    adapters = {n: partial(backend.full, n) for n in own if is_adapter(n)}
+    yield "model", False, plain
+    yield "ema", True, plain
+    pairs = [(name, kind) for name in backend.weights for kind in MOMENTS]
+    yield "optimizer", False, {f"{n}/{kind}": partial(backend.moment, n, kind) for n, kind in pairs}
+    if backend.adapted:
+        yield "adapters", False, adapters
+        yield "adapters_ema", True, adapters
+
+
+def plans(trainer: "Trainer") -> dict[str, tuple[dict[str, list[str]], int]]:
+    """Files and total size in bytes of every weight file's name."""
+    sizes = trainer.backend.sizes
+    found = {}
+    for stem, _, tensors in contents(trainer):
+        bytes_of = {n: sizes.get(n, sizes.get(n.rsplit("/", 1)[0], 0)) for n in tensors}
+        found[stem] = file_plan(stem, bytes_of), sum(bytes_of.values())
+    return found
+
+
+def snapshot(trainer: "Trainer") -> dict[str, dict[str, Tensor]]:
+    """This rank's files with their tensors, copied to the host in float32."""
+    own: dict[str, dict[str, Tensor]] = {}
+    files, all_plans = count(), plans(trainer)
+    for stem, averaged, tensors in contents(trainer):
+        with trainer.ema.swapped() if averaged else nullcontext():
+            for file, names in all_plans[stem][0].items():
+                mine = next(files) % world_size() == rank()
+                for name in names:
+                    whole = tensors[name]()
+                    if mine:
+                        copy = whole.detach().float().to("cpu", copy=True).contiguous()
+                        own.setdefault(file, {})[name] = copy
+    return own
+
+
+class Saver:
+    """Writes step folders in the background, every rank its own files.
+
+    Rank 0 waits for the others' files, writes the rest, then the manifest, and moves the folder to
+    its place. Only then are older ones dropped. All ranks have to call each method together.
+    """
+
+    def __init__(self, trainer: "Trainer") -> None:
+        self.trainer, self.args = trainer, trainer.args.training
+        self.run = Path(self.args.checkpoint_dir)
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+        """What this rank has met and `finish` has not told yet."""
+        self.given_up = threading.Event()
+        self.failures = 0
+        """In a row."""
+
+    def start(self) -> None:
+        """Copies the state to the host, then writes it beside training."""
+        self.finish()
+        staging = self.run / f".saving-{self.trainer.step:07d}"
+        self.error = self._make(staging) if rank() == 0 else None
+        if any(all_gather(self.error)):  # then there is nowhere to write to
+            return
+        own, rest = snapshot(self.trainer), self._rest()
+        self.given_up.clear()
+        arguments = own, rest, staging, self.run / f"{self.trainer.step:07d}"
+        self.thread = threading.Thread(target=self._write, args=arguments, daemon=True)
+        self.thread.start()
+
+    def _make(self, staging: Path) -> OSError | None:
+        try:
+            for debris in self.run.glob(".saving-*"):
+                shutil.rmtree(debris)
+            staging.mkdir(parents=True)
+        except OSError as error:
+            return error
+        return None
+
+    def _rest(self) -> Callable[[Path], None]:
+        """Writes all but the tensors of `snapshot`; the state is that of now."""
+        trainer = self.trainer
+        state = {
+            "step": trainer.step,
+            "updates": trainer.backend.steps(),
+            "loader": trainer.loader.state_dict(),
+            "steps_without": dict(trainer.telemetry.steps_without),
+            "guard": trainer.guard.state_dict(),
+        }
+
+        def write(folder: Path) -> None:
+            for stem, (plan, size) in plans(trainer).items():
+                write_index(folder, stem, plan, size)
+            save_settings(trainer.model, folder, trainer.source)
+            write_json(folder / "trainer_state.json", state)
+            # So that inference prepares images as training did.
+            write_json(folder / PREPROCESSOR_FILE, trainer.loader.resize_rules)
+            trainer.args.save(folder / "training_args.json")
+
+        return write
+
+    def _write(
+        self,
+        own: dict[str, dict[str, Tensor]],
+        rest: Callable[[Path], None],
+        staging: Path,
+        final: Path,
+    ) -> None:
+        """In the thread. Errors are raised by `finish`, on all ranks."""
+        try:
+            for file in own:
+                save_file(own[file], staging / file, {"format": "pt"})
+            unfinished = staging / f".part-{rank()}.tmp"
+            write_json(unfinished, {file: sha256(staging / file) for file in own})
+            unfinished.rename(staging / f".part-{rank()}")
+            if rank() == 0:
+                rest(staging)
+                self._complete(staging, final)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            self.error = error
+
+    def _complete(self, staging: Path, final: Path) -> None:
+        parts = [staging / f".part-{r}" for r in range(world_size())]
+        while not all(part.exists() for part in parts):
+            if self.given_up.wait(POLL_SECONDS):
+                return
+        hashes: dict[str, str] = {}
+        for part in parts:
+            hashes |= read_json(part)
+            part.unlink()
+        write_manifest(staging, hashes)
+        if final.exists():
+            shutil.rmtree(final)
+        staging.rename(final)
+        best = {f"{step:07d}" for step in self.trainer.best_steps()}
+        for old in step_folders(self.run)[: -self.args.max_checkpoints]:
+            if old.name not in best:
+                shutil.rmtree(old)
+
+    def finish(self) -> bool:
+        """Waits until all ranks have written; False if one could not, which is told.
+
+        Raises SaveError on all ranks after `max_save_failures` in a row, or for an error that is
+        not one of the disk's.
+        """
+        while True:
+            writing = self.thread is not None and self.thread.is_alive()
+            failed, busy = sum_over_ranks([float(self.error is not None), float(writing)])
+            if failed or not busy:
+                break
+            time.sleep(POLL_SECONDS)
+        self.given_up.set()
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if not failed:
+            self.failures = 0
+            return True
+        errors = [error for error in all_gather(self.error) if error is not None]
+        self.error, self.failures = None, self.failures + 1
+        text = f"saving has failed {self.failures} time(s) in a row: {errors[0]}"
+        if self.failures >= self.args.max_save_failures or not all(map(_of_the_disk, errors)):
+            raise SaveError(f"{text} (max_save_failures={self.args.max_save_failures})")
+        if rank() == 0:
+            print(f"WARNING: {text}; training goes on and tries again", flush=True)
+        return False
+
+
+def _of_the_disk(error: Exception) -> bool:
+    """Whether the reason may pass, as that of a full disk."""
+    return isinstance(error, OSError) or "I/O error" in str(error)

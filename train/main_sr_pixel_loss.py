@@ -11,8 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train.arguments import TrainingArguments as TrainingArguments  # noqa: E402
 from train.arguments import help_text, parse_arguments  # noqa: E402
 from train.build import build_trainer  # noqa: E402
-from train.distributed import require_single_process  # noqa: E402
-from train.trainer import NonFiniteError  # noqa: E402
+from train.checkpoint import SaveError  # noqa: E402
+from train.distributed import STOP_EXIT_CODE, local_device, locked, process_group, rank  # noqa: E402
+from train.guard import NonFiniteError  # noqa: E402
+from train.trainer import Stopped  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,14 +23,22 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{__doc__}\nArguments and defaults:\n\n{help_text()}")
         return
     try:
-        require_single_process()
         args = parse_arguments(argv)
-        print(args.table(), flush=True)
-        trainer = build_trainer(args)
-        trainer.run.mkdir(parents=True, exist_ok=True)
-        args.save(trainer.run / "training_args.json")
-        trainer.fit()
-    except (ValueError, OSError, NonFiniteError) as error:
+        training, run = args.training, Path(args.training.checkpoint_dir)
+        device = local_device(training.device)
+        wanted = training.backend in ("fsdp", "deepspeed")
+        # A collective must not time out before the watch has printed the stacks.
+        with process_group(device, 2 * training.hang_timeout, wanted), locked(run / "run.lock"):
+            if rank() == 0:
+                print(args.table(), flush=True)
+            trainer = build_trainer(args)
+            if rank() == 0:
+                args.save(run / "training_args.json")
+            trainer.fit()
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        sys.exit(STOP_EXIT_CODE)
+    except (ValueError, OSError, NonFiniteError, SaveError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from data.loader import PackedLoader
 from modeling.bagel.bagel import Bagel
@@ -15,15 +13,18 @@ from modeling.bagel.losses import LossTerm
 from modeling.batch import PackedBatch
 
 from .arguments import RunArguments
-from .checkpoint import load_checkpoint, save_checkpoint
-from .distributed import all_gather, rank, sum_over_ranks, world_size
+from .backends import Backend
+from .checkpoint import Saver
+from .distributed import HangWatch, StopRequest, rank, sum_over_ranks, world_size
 from .ema import EMA
+from .guard import Guard
 from .metrics import Metrics
+from .optim import lr_at
 from .telemetry import Telemetry
 
 
-class NonFiniteError(FloatingPointError):
-    """A loss term or the gradient norm is not finite."""
+class Stopped(Exception):
+    """A signal has ended the run, which has saved its state."""
 
 
 @dataclass
@@ -31,39 +32,62 @@ class Trainer:
     """Everything a run consists of; `fit` runs it to `total_steps`."""
 
     args: RunArguments
-    model: Bagel
+    source: Path
+    """Folder that the model was loaded from; its tokenizer goes into every checkpoint."""
+    backend: Backend
     loader: PackedLoader
-    optimizer: torch.optim.Optimizer
-    schedule: LambdaLR
     ema: EMA
     weights: dict[str, float]
     """Weight of every loss term."""
     telemetry: Telemetry
-    device: torch.device
+    guard: Guard
     step: int = 0
+    saver: Saver = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self)
 
     @property
     def run(self) -> Path:
         return Path(self.args.training.checkpoint_dir)
 
+    @property
+    def model(self) -> Bagel:
+        return self.backend.model
+
     def fit(self) -> None:
+        """Raises Stopped after a signal, NonFiniteError and SaveError when going on is useless."""
         args = self.args.training
-        batches = iter(self.loader)
-        with Metrics(self.run / "metrics.jsonl", self.step, args.total_steps) as metrics:
+        batches, retry = iter(self.loader), 0
+        with (
+            StopRequest() as stop,
+            HangWatch(args.hang_timeout) as watch,
+            Metrics(self.run / "metrics.jsonl", self.step, args.total_steps) as metrics,
+        ):
             while self.step < args.total_steps:
                 self.train_step(batches, metrics)
                 self.step += 1
+                watch.alive()
                 last = self.step == args.total_steps
-                if self.step % args.log_every == 0 or last:
+                events = [stop.received is not None, self.saver.error is not None]
+                stopped, failed = sum_over_ranks([float(event) for event in events])
+                if failed and not self.saver.finish():
+                    retry = self.step + args.log_every
+                if self.step % args.log_every == 0 or last or stopped:
+                    for name, value in self.guard.end_window().items():
+                        metrics.add(name, value)
                     self.telemetry.end_window(metrics.log(self.step))
-                if self.step % args.save_every == 0 or last:
-                    self.save()
+                if self.step % args.save_every == 0 or last or stopped or self.step == retry:
+                    self.save(wait=bool(last or stopped or not args.async_save))
+                    watch.alive()
+                if stopped and not last:
+                    raise Stopped(f"a signal came; saved at step {self.step}")
 
     def train_step(self, batches: Iterator[PackedBatch], metrics: Metrics) -> None:
-        """Fetch, count, forward, weigh, backward, clip, step, average."""
-        args = self.args.training
+        """Fetch, count, forward, weigh, backward, clip, judge, step, average."""
+        args, backend = self.args.training, self.backend
         micro_batches = [
-            next(batches).to(self.device, non_blocking=True)
+            next(batches).to(backend.device, non_blocking=True)
             for _ in range(args.gradient_accumulation_steps)
         ]
         counts = self.global_counts(micro_batches)
@@ -72,29 +96,28 @@ class Trainer:
         for name, count in counts.items():
             metrics.add(f"{name}_count", count)
         observe = self.telemetry.begin_step(counts, scales)
-        self.optimizer.zero_grad()
+        # Whatever is random in the model is a function of the step.
+        torch.manual_seed(hash((args.global_seed, self.step, rank())))
         found: list[dict[str, LossTerm]] = []
         for batch in micro_batches:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
-                terms = self.model(batch, scales=scales, observe=observe)
-            loss = sum((scales[n] * term.sum for n, term in terms.items()), torch.zeros(()))
-            if loss.requires_grad:  # not without terms, nor with all that they touch frozen
-                loss.backward()
+            terms = backend.forward(batch, scales=scales, observe=observe)
+            loss = sum((scales.get(n, 0.0) * t.sum for n, t in terms.items()), torch.zeros(()))
+            backend.backward(loss, last=batch is micro_batches[-1])
             for name, term in terms.items():
                 metrics.add(name, term.sum, term.count)
                 metrics.add(f"{name}_weighted", self.weights[name] * term.sum, term.count)
             metrics.add("tokens", batch.num_tokens, 1 / (len(micro_batches) * world_size()))
             self.telemetry.add(self.step, batch, terms)
             found.append(terms)
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-        self.require_finite(norm, micro_batches, found)
-        self.telemetry.end_step(metrics, self.device)
-        metrics.add("lr", self.schedule.get_last_lr()[0])
+        norm = backend.clip(args.max_grad_norm)
+        skip = self.guard.judge(self.step, norm, micro_batches, found)
+        self.telemetry.end_step(metrics, backend.device)
         metrics.add("total_norm", norm)
-        self.optimizer.step()
-        self.schedule.step()
-        self.ema.update()
+        for group in backend.optimizer.param_groups:
+            group["lr"] = lr_at(self.step, group["base_lr"], args)
+            metrics.add(f"lr_{group['name']}", group["lr"])
+        backend.update(skip)
+        self.ema.update(skip)
         if self.step == 0:
             self.warn_if_untrained(found[0])
 
@@ -107,7 +130,7 @@ class Trainer:
         found = [self.model.losses.counts(batch, shift) for batch in batches]
         counts = [sum(c.get(name, 0.0) for c in found) for name in self.weights]
         holders = [float(sum(name in c for c in found)) for name in self.weights]
-        totals = sum_over_ranks(counts + holders, self.device)
+        totals = sum_over_ranks(counts + holders)
         present = {
             name: total
             for name, total, there in zip(
@@ -122,38 +145,11 @@ class Trainer:
             )
         return present
 
-    def require_finite(
-        self, norm: Tensor, batches: list[PackedBatch], found: list[dict[str, LossTerm]]
-    ) -> None:
-        """Raises NonFiniteError on all ranks, before any weight has moved, naming the terms, their
-        images and the ranks."""
-        sums = torch.stack(
-            [norm, *(term.sum.detach() for terms in found for term in terms.values())]
-        )
-        bad = sum_over_ranks([float(not sums.isfinite().all())], self.device)
-        if not bad[0]:
-            return
-        guilty = [
-            (name, [i.image.name for i in term.images if not i.loss.isfinite()])
-            for terms in found
-            for name, term in terms.items()
-            if not term.sum.isfinite()
-        ]
-        images = [name for _, names in guilty for name in names] or [
-            name for batch in batches if batch.vae is not None for name in batch.vae.names
-        ]
-        own = (
-            f"rank {rank()}: gradient norm {norm.item()}, non-finite terms "
-            f"{sorted({name for name, _ in guilty}) or 'none'}, "
-            f"images {', '.join(dict.fromkeys(images))}"
-        )
-        raise NonFiniteError(f"step {self.step}: " + " | ".join(all_gather(own)))
-
     def warn_if_untrained(self, terms: dict[str, LossTerm]) -> None:
         """A first cross-entropy near ln(vocabulary) is that of random weights."""
-        if "ce" not in terms or self.args.training.init_from_scratch:
+        if "ce" not in terms or not terms["ce"].count or self.args.training.init_from_scratch:
             return
-        ce = terms["ce"].sum.item() / max(terms["ce"].count, 1.0)
+        ce = terms["ce"].sum.item() / terms["ce"].count
         random_ce = math.log(self.model.config.llm.vocab_size)
         if ce > 0.9 * random_ce:
             print(
@@ -162,15 +158,13 @@ class Trainer:
                 flush=True,
             )
 
-    def save(self) -> Path:
-        return save_checkpoint(self)
+    def save(self, wait: bool = True) -> None:
+        """Saves a step folder, beside training unless it is to `wait`; then it tries until it has
+        succeeded. Raises SaveError after too many failures."""
+        self.saver.start()
+        while wait and not self.saver.finish():
+            self.saver.start()
 
-    def resume(self, folder: Path) -> None:
-        """Continues exactly where the checkpoint stopped."""
-        state = load_checkpoint(folder, self)
-        self.step = state["step"]
-        self.loader.load_state_dict(state["loader"])
-        self.telemetry.steps_without |= state["steps_without"]
-        # Stepping the old schedule before the optimizer would warn.
-        lr_lambda = self.schedule.lr_lambdas[0]
-        self.schedule = LambdaLR(self.optimizer, lr_lambda, last_epoch=self.step - 1)
+    def best_steps(self) -> set[int]:
+        """Steps whose folders are kept for their validation metrics."""
+        return set()

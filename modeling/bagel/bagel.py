@@ -4,15 +4,16 @@ Shape legend: S sequence tokens, d hidden size, L latent tokens, D numbers in a 
 M latent tokens of target images.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..attention import Attention, packed_attention
 from ..autoencoder import Autoencoder
-from ..batch import PackedBatch, TensorRecord, VaeImages, VitImages
+from ..batch import AnswerLabels, PackedBatch, TensorRecord, VaeImages, VitImages
 from ..flow import interpolate, velocity
 from ..geometry import patchify
 from .config import BagelConfig
@@ -126,20 +127,23 @@ class Bagel(nn.Module):
     def flow_inputs(self, vae: VaeImages) -> FlowInputs:
         """Posterior samples and noise of a batch's images, drawn from each image's own seed."""
         config, device = self.config, vae.indexes.device
-        posterior, noise = [], []
+        none = torch.zeros(0, config.patch_latent_dim, device=device)
+        posterior: list[Tensor] = []
+        noise: list[Tensor] = []
         for seed, (h, w) in zip(vae.noise_seeds, vae.grids, strict=True):
             generator = torch.Generator().manual_seed(seed)
             p, z = config.latent_patch_size, self.vae.config.z_channels
             posterior.append(torch.randn(z, h * p, w * p, generator=generator).to(device))
             noise.append(torch.randn(h * w, config.patch_latent_dim, generator=generator))
         latents = self.encode_images(vae.images, posterior)
-        z0 = torch.cat([patchify(latent, config.latent_patch_size) for latent in latents])
-        return FlowInputs(z0=z0, noise=torch.cat(noise).to(device))
+        z0 = [patchify(latent, config.latent_patch_size) for latent in latents]
+        noise_LD = torch.cat([none, *(n.to(device, non_blocking=True) for n in noise)])
+        return FlowInputs(z0=torch.cat([none, *z0]), noise=noise_LD)
 
     def token_times(self, vae: VaeImages) -> Tensor:
         """(L,) float32 shifted time of every latent token."""
         times = torch.tensor(vae.times(self.config.timestep_shift), dtype=torch.float32)
-        per_token = times.repeat_interleave(torch.tensor(vae.lens))
+        per_token = times.repeat_interleave(torch.tensor(vae.lens, dtype=torch.int64))
         return per_token.to(vae.indexes.device, non_blocking=True)
 
     def embed(self, batch: PackedBatch, flow: FlowInputs | None) -> Tensor:
@@ -176,6 +180,24 @@ class Bagel(nn.Module):
         gen = None if batch.vae is None else batch.vae.indexes
         return self.decode_tokens(self.embed(batch, flow), batch.position_ids, gen, attention)
 
+    def completed(self, batch: PackedBatch) -> PackedBatch:
+        """The batch with empty parts in place of absent ones, so that every module runs on it.
+
+        On several ranks all have to enter the collectives of every module, also without images.
+        """
+        none = torch.zeros(0, dtype=torch.int64, device=batch.position_ids.device)
+        places = {"position_ids": none, "indexes": none}
+        labels, vit, vae = batch.labels, batch.vit, batch.vae
+        if labels is None:
+            labels = AnswerLabels(ids=none, indexes=none, weights=none.float(), total_weight=0.0)
+        if vit is None and self.config.vit is not None:
+            patches = none.new_zeros(0, self.config.vit_patch_dim, dtype=torch.float32)
+            vit = VitImages(patches=patches, lens=(), **places)
+        if vae is None and self.config.vae is not None:
+            host = dict.fromkeys(("images", "grids", "time_logits", "noise_seeds", "names"), ())
+            vae = VaeImages(**host, **places)  # type: ignore[arg-type]
+        return replace(batch, labels=labels, vit=vit, vae=vae)
+
     def step_outputs(self, batch: PackedBatch, flow: FlowInputs | None = None) -> StepOutputs:
         """Everything that loss terms read. `flow` replaces the drawn latents and noise."""
         if batch.vae is not None and flow is None:
@@ -194,15 +216,22 @@ class Bagel(nn.Module):
             clean=flow.z0[target],
         )
 
+    def call(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """fn(self, *args) as a forward pass, so that the hooks of a sharded model run."""
+        return fn(self, *args)
+
     def forward(
         self,
         batch: PackedBatch,
         flow: FlowInputs | None = None,
         scales: Mapping[str, float] | None = None,
         observe: bool = False,
+        complete: bool = False,
     ) -> dict[str, LossTerm]:
         """The (sum, count) of every configured loss term that this batch has something for.
 
-        `scales` and `observe`: see `LossSet.__call__`.
+        `scales` and `observe`: see `LossSet.__call__`. With `complete` every module runs and every
+        term is there, so that all trained weights get a gradient, if need be of zeros.
         """
-        return self.losses(self.step_outputs(batch, flow), scales, observe)
+        batch = self.completed(batch) if complete else batch
+        return self.losses(self.step_outputs(batch, flow), scales, observe, complete)

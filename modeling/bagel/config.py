@@ -67,6 +67,11 @@ class BagelConfig:
         return self.vit.patch_size
 
     @property
+    def vit_patch_dim(self) -> int:
+        """Numbers in a ViT patch."""
+        return self.vit.num_channels * self.vit_patch**2 if self.vit else 0
+
+    @property
     def head_dim(self) -> int:
         return (
             getattr(self.llm, "head_dim", None)

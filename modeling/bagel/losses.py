@@ -187,16 +187,21 @@ class LossSet:
         return {name: count for name, count in counts.items() if count is not None}
 
     def __call__(
-        self, out: StepOutputs, scales: Mapping[str, float] | None = None, observe: bool = False
+        self,
+        out: StepOutputs,
+        scales: Mapping[str, float] | None = None,
+        observe: bool = False,
+        complete: bool = False,
     ) -> dict[str, LossTerm]:
-        """Terms of a batch by name, absent where it has nothing for them.
+        """Terms of a batch by name; with `complete` 0 where it has nothing for them, else absent.
 
         `scales` are the factors (weight / global count) by which the caller will multiply the
         sums before adding them up; with them several pixel-space terms share one backward through
         the decoder. `observe` keeps each term's gradient at the predicted velocity, which takes a
         backward of its own.
         """
-        counts = self.counts(out.batch, out.model.config.timestep_shift)
+        counts = dict.fromkeys([term.name for term in self.terms], 0.0) if complete else {}
+        counts |= self.counts(out.batch, out.model.config.timestep_shift)
         with torch.autocast(out.hidden.device.type, enabled=False):
             terms = {
                 term.name: LossTerm(

@@ -188,7 +188,7 @@ class PixelSpace:
         names = [term.name for term in self.terms]
         # A term that no rank has anything for is in no scales: it counts for nothing.
         factors = None if scales is None else {name: scales.get(name, 0.0) for name in names}
-        joint = factors if len(names) > 1 else None
+        joint = factors if len(names) > 1 and factors and any(factors.values()) else None
         differentiate = velocity_pred.requires_grad and torch.is_grad_enabled()
         wanted = [*([JOINT] if joint else []), *(names if observe or not joint else [])]
         losses = self._decode(vae, targets, velocity_pred, patch, joint, wanted, differentiate)
@@ -205,7 +205,9 @@ class PixelSpace:
         known = torch.stack([gradients[key] for key in ([JOINT] if joint else names)])
         shares = velocity_pred.new_tensor([*joint.values()]) if joint else None
         sums = _KnownGradient.apply(velocity_pred, values, known, shares)
-        return PixelSpaceLosses(dict(zip(names, sums, strict=True)), losses.images, gradients)
+        # FSDP2 refuses views as outputs of a module.
+        by_name = {name: total.clone() for name, total in zip(names, sums, strict=True)}
+        return PixelSpaceLosses(by_name, losses.images, gradients)
 
     def _decode(
         self,

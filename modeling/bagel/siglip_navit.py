@@ -77,7 +77,10 @@ class SiglipAttention(nn.Module):
                 for x in (q, k)
             )
         images = zip(*(x.split(list(lens)) for x in (q, k, v)), strict=True)
-        return self.out_proj(torch.cat([grouped_sdpa(*image) for image in images]).flatten(1))
+        # No rows, but without any image all weights still get a gradient.
+        none = q[:0] + k[:0] + v[:0]
+        attended = [grouped_sdpa(*image) for image in images] if lens else []
+        return self.out_proj(torch.cat([none, *attended]).flatten(1))
 
 
 class SiglipEncoderLayer(nn.Module):
@@ -121,6 +124,9 @@ class SiglipNavitModel(nn.Module):
     def __init__(self, config: SiglipVisionConfig, num_layers: int, rope: bool) -> None:
         super().__init__()
         self.vision_model = SiglipVisionTransformer(config, num_layers, rope)
+
+    def layers(self) -> list[nn.Module]:
+        return list(self.vision_model.encoder.get_submodule("layers").children())
 
     def forward(self, patches: Tensor, position_ids: Tensor, lens: Sequence[int]) -> Tensor:
         """(P, patch_dim) in [-1, 1] and (P,) int64 -> (P, V); `lens` are patches per image."""

@@ -1,0 +1,413 @@
+"""How a step runs on one device or on many: a single process, FSDP2, or DeepSpeed ZeRO.
+
+Each holds float32 *masters*, this rank's shards of the trained weights, as plain tensors that the
+optimizer and the EMA work on. A gradient is a sum over all ranks: losses are sums with a global
+denominator.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import checkpoint
+
+from modeling.bagel.bagel import Bagel
+from modeling.bagel.losses import LossTerm
+from modeling.batch import PackedBatch
+from modeling.pretrained import read_json
+
+from .adapters import is_adapter
+from .arguments import TrainingArguments
+from .distributed import all_reduce, world_size
+from .optim import GROUPS, base_lr, group_of
+
+Tensors = Mapping[str, Tensor]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state of a weight, beside the number of steps that all weights share."""
+
+
+def make_backend(
+    model: Bagel, tensors: Tensors, args: TrainingArguments, device: torch.device
+) -> "Backend":
+    """Brings a model on the meta device to its device(s) and gives it its weights."""
+    name = args.backend
+    if name == "auto":
+        name = "single" if world_size() == 1 else "fsdp"
+    if name == "single" and world_size() > 1:
+        raise ValueError(f"backend=single, but the launcher started {world_size()} processes")
+    kinds = {"single": Backend, "fsdp": FSDPBackend, "deepspeed": DeepSpeedBackend}
+    return kinds[name](model, tensors, args, device)
+
+
+def blocks(model: Bagel) -> Iterator[nn.Module]:
+    """What is sharded, recomputed and compiled as one: decoder and ViT layers, the connector."""
+    yield from model.language_model.model.layers
+    if model.config.vit is not None:
+        yield from model.vit_model.layers()
+        yield model.connector
+
+
+class Backend:
+    """A single process; also the interface of the others.
+
+    Weights are float32; with `bf16` the forward pass runs under autocast.
+    """
+
+    shards: dist.ProcessGroup | None = None
+    """Ranks that hold one copy of the model together; None where each has a copy of its own."""
+
+    def __init__(
+        self, model: Bagel, tensors: Tensors, args: TrainingArguments, device: torch.device
+    ) -> None:
+        self.model, self.args, self.device = model, args, device
+        self.sizes = {n: 4 * t.numel() for n, t in model.state_dict().items()}
+        """Bytes of every tensor, as a whole in float32."""
+        self.adapted = any(is_adapter(name) for name in self.sizes)
+        for block in blocks(model):
+            if args.activation_checkpointing:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            if args.compile:
+                block.compile(dynamic=True)
+        self.place(tensors)
+        self.weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = self.build_optimizer()
+        self.load_moments({}, 0.0)
+
+    def place(self, tensors: Tensors) -> None:
+        """Allocates the model on its device and fills it."""
+        self.model.to_empty(device=self.device)
+        self.load(tensors)
+
+    def build_optimizer(self) -> torch.optim.AdamW:
+        """AdamW without weight decay, a group for each learning rate."""
+        self.by_name = {name: _local(weight) for name, weight in self.weights.items()}
+        self.masters = list(self.by_name.values())
+        return self.adamw(self.by_name)
+
+    def adamw(self, tensors: Tensors) -> torch.optim.AdamW:
+        args, members = self.args, defaultdict(list)
+        for name, tensor in tensors.items():
+            members[group_of(name, args)].append(tensor)
+        groups = [
+            {"params": members[g], "lr": base_lr(g, args), "name": g, "base_lr": base_lr(g, args)}
+            for g in GROUPS
+            if members[g]
+        ]
+        # The fused kernel can be told on the device to leave everything as it is (found_inf).
+        betas = (args.beta1, args.beta2)
+        return torch.optim.AdamW(groups, betas=betas, eps=args.eps, weight_decay=0.0, fused=True)
+
+    def forward(self, batch: PackedBatch, **options: Any) -> dict[str, LossTerm]:
+        with self.autocast():
+            return self.model(batch, complete=True, **options)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the loss's gradient; `last` of the step's micro-batches."""
+        # Without any term, or with all that the terms touch frozen, there is none.
+        if loss.requires_grad:
+            loss.backward()
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Clips the global L2 norm of the gradient, which is returned as it was."""
+        for name, weight in self.weights.items():
+            if weight.grad is not None:
+                self.by_name[name].grad = _local(weight.grad)
+        grads = [master.grad for master in self.masters if master.grad is not None]
+        squares = torch.stack([n.square() for n in torch._foreach_norm(grads)]).sum()
+        norm = (all_reduce(squares, group=self.shards) if self.shards else squares).sqrt()
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def update(self, skip: Tensor) -> None:
+        """One optimizer step, or, where `skip` (a scalar on the device) is 1, none."""
+        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        self.optimizer.step()
+        for master in self.masters:
+            master.grad = None
+        self.model.zero_grad()
+
+    def refresh(self) -> None:
+        """Brings changed masters to the model, where they are copies."""
+
+    # What checkpoints read and write, by names of weights; all ranks have to call these.
+
+    @torch.no_grad()
+    def load(self, tensors: Tensors) -> None:
+        """Copies tensors into the model; each rank reads its shard only."""
+        for name, target in self.model.state_dict().items():
+            if name in tensors:
+                _local(target).copy_(_slice_like(tensors[name], target))
+
+    def full(self, name: str) -> Tensor:
+        """A weight (its master) or buffer as a whole, on the device."""
+        return _whole(self.model.state_dict()[name])
+
+    def moment(self, name: str, kind: str) -> Tensor:
+        """One of MOMENTS as a whole, on the device."""
+        return _whole_like(self.optimizer.state[self.by_name[name]][kind], self.weights[name])
+
+    def load_moments(self, tensors: Tensors, steps: float) -> None:
+        """Sets the moments after that many optimizer steps.
+
+        `tensors` are `<name>/<one of MOMENTS>`; what they lack is zero.
+        """
+        for name, master in self.by_name.items():
+            self.optimizer.state[master] = state = _no_moments(master, steps)
+            for kind in MOMENTS:
+                if (key := f"{name}/{kind}") in tensors:
+                    state[kind].copy_(_slice_like(tensors[key], self.weights[name]))
+
+    def steps(self) -> float:
+        """Optimizer steps that were not skipped."""
+        return float(next(iter(self.optimizer.state.values()))["step"])
+
+
+class FSDPBackend(Backend):
+    """FSDP2: float32 shards, gathered (with `bf16` in bfloat16) block by block, reduced in float32.
+
+    FULL_SHARD and SHARD_GRAD_OP shard over all ranks, HYBRID_SHARD over `num_shard` and NO_SHARD
+    over none. SHARD_GRAD_OP gathers once for forward and backward. The frozen autoencoder is not
+    sharded.
+    """
+
+    def place(self, tensors: Tensors) -> None:
+        model, args = self.model, self.args
+        self.shards = (mesh := make_mesh(self.device.type, args))["shard"].get_group()
+        dtype = torch.bfloat16 if args.bf16 else None
+        options: dict[str, Any] = {
+            "mesh": mesh if mesh["replicate"].size() > 1 else mesh["shard"],
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            ),
+            "offload_policy": CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
+        }
+        again = args.sharding_strategy != "SHARD_GRAD_OP"
+        for block in blocks(model):
+            fully_shard(block, reshard_after_forward=again, **options)
+        if not model.config.llm.tie_word_embeddings:
+            embeddings = model.language_model.model.embed_tokens
+            fully_shard(embeddings, reshard_after_forward=again, **options)
+        vae = set(model.vae.parameters()) if model.config.vae is not None else set()
+        fully_shard(model, reshard_after_forward=False, ignored_params=vae, **options)
+        register_fsdp_forward_method(model, "call")
+        model.to_empty(device="cpu" if args.cpu_offload else self.device)
+        if args.cpu_offload:
+            _buffers_to(model, self.device)
+        self.load(tensors)
+
+    def autocast(self) -> torch.autocast:
+        # Weights arrive in bfloat16, and activations follow them.
+        return torch.autocast(self.device.type, enabled=False)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        # FSDP2 averages over ranks.
+        (world_size() * loss).backward()
+
+
+class DeepSpeedBackend(Backend):
+    """DeepSpeed ZeRO: 1 shards optimizer and masters, 2 also gradients, 3 also the weights.
+
+    Weights are float32, or bfloat16 copies of float32 masters with `bf16`, under the engine's own
+    autocast. Whether a step is skipped is decided on the device here too, but the engine looks at
+    the norm on the host.
+    """
+
+    def build_optimizer(self) -> torch.optim.AdamW:
+        # Only here: it is an extra, slow to import, and sets up its accelerator.
+        try:
+            import deepspeed
+        except ImportError as error:
+            message = "backend=deepspeed needs: pip install 'bagel-restore[deepspeed]'"
+            raise ValueError(message) from error
+        deepspeed.utils.logger.setLevel("WARNING")
+        model, self.access = self.model, deepspeed.utils
+        exact = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        if model.config.vae is not None:
+            # Not a submodule any more: neither sharded nor cast.
+            vae = model.vae
+            del model.vae
+            object.__setattr__(model, "vae", vae)
+        optimizer = self.adamw(self.weights)
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(self.args, self.device),
+            dist_init_required=False,
+        )
+        self.zero = self.engine.optimizer
+        stage3 = self.args.zero_stage == 3
+        flat = "fp32_partitioned_groups_flat" if stage3 else "single_partition_of_fp32_groups"
+        self.masters = list(getattr(self.zero, flat))
+        self.optimizer = optimizer
+        self.load(exact)  # with bf16 the masters would start rounded
+        return optimizer
+
+    def forward(self, batch: PackedBatch, **options: Any) -> dict[str, LossTerm]:
+        return self.engine(batch, complete=True, **options)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        # The engine averages over ranks.
+        self.engine.backward(world_size() * loss, scale_wrt_gas=False)
+
+    def clip(self, max_norm: float) -> Tensor:
+        # The engine clips in its step, and marks a norm that is not finite as -1.
+        if self.args.zero_stage == 3:
+            norm = torch.stack([n.square() for n in self.zero._get_norm_groups()]).sum().sqrt()
+        else:
+            norm = self.zero.scaled_global_norm()
+        return torch.where(norm < 0, torch.nan, norm).float()
+
+    def update(self, skip: Tensor) -> None:
+        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        self.engine.step()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        if self.args.zero_stage < 3:
+            self.zero.update_lp_params()
+            return
+        for i, master in enumerate(self.masters):
+            self.zero.fp16_partitioned_groups_flat[i].copy_(master)
+            self.zero._unflatten_partitioned_parameters(i)
+
+    def load(self, tensors: Tensors) -> None:
+        if not hasattr(self, "engine"):
+            super().load(tensors)
+            return
+        for name, weight in self.weights.items():
+            if name in tensors:
+                self.access.safe_set_full_fp32_param(weight, tensors[name].to(self.device).float())
+        self.refresh()
+
+    def full(self, name: str) -> Tensor:
+        if name in self.weights:
+            return self.access.safe_get_full_fp32_param(self.weights[name])
+        found = self.model.state_dict(keep_vars=True)[name]
+        if not hasattr(found, "ds_id"):
+            return found.detach()
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([found]):
+            return found.detach().clone()
+
+    def moment(self, name: str, kind: str) -> Tensor:
+        return self.access.safe_get_full_optimizer_state(self.weights[name], kind)
+
+    def load_moments(self, tensors: Tensors, steps: float) -> None:
+        for master in self.masters:
+            self.optimizer.state[master] = _no_moments(master, steps)
+        if self.args.zero_stage < 3:
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
+        for key, tensor in tensors.items():
+            name, kind = key.rsplit("/", 1)
+            weight, value = self.weights[name], tensor.to(self.device)
+            self.access.safe_set_full_optimizer_state(weight, value, kind)
+
+
+def deepspeed_config(args: TrainingArguments, device: torch.device) -> dict[str, Any]:
+    """`ds_config_file`, or a configuration of `zero_stage`, with what the arguments say.
+
+    Raises ValueError where the file says something else than an argument.
+    """
+    ours = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "gradient_clipping": args.max_grad_norm,
+        "bf16": {"enabled": args.bf16},
+        # Without it the engine switches off autocast inside of the model.
+        "torch_autocast": {"enabled": args.bf16, "dtype": "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    zero = {"stage": args.zero_stage, "overlap_comm": device.type == "cuda"}
+    if args.ds_config_file is None:
+        return ours | {"zero_optimization": zero | {"contiguous_gradients": True}}
+    path = Path(args.ds_config_file)
+    config = read_json(path)
+    stated = config.setdefault("zero_optimization", zero).setdefault("stage", args.zero_stage)
+    differing = [k for k, v in ours.items() if k in config and config[k] not in (v, "auto")]
+    differing += ["zero_optimization.stage"] if stated != args.zero_stage else []
+    if differing:
+        raise ValueError(f"{path}: {', '.join(differing)} differ from the run's arguments")
+    return config | ours
+
+
+def _no_moments(master: Tensor, steps: float) -> dict[str, Tensor]:
+    count = torch.tensor(steps, dtype=torch.float32, device=master.device)
+    return {"step": count} | {kind: torch.zeros_like(master) for kind in MOMENTS}
+
+
+def make_mesh(device_type: str, args: TrainingArguments) -> DeviceMesh:
+    """Ranks as (replicate, shard). Raises ValueError when they do not make a whole mesh."""
+    ranks, strategy = world_size(), args.sharding_strategy
+    if strategy == "NO_SHARD":
+        replicate, shard = ranks, 1
+    elif strategy == "HYBRID_SHARD":
+        replicate = args.num_replicate
+        shard = ranks // replicate if args.num_shard is None else args.num_shard
+    else:
+        replicate, shard = 1, ranks
+    if replicate * shard != ranks:
+        raise ValueError(
+            f"num_replicate={replicate} x num_shard={shard} is not the number of processes, {ranks}"
+        )
+    return init_device_mesh(device_type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part, sharing memory."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole_like(local: Tensor, weight: Tensor) -> Tensor:
+    """The whole of which `local` is the shard, as `weight` is sharded."""
+    if not isinstance(weight, DTensor):
+        return local
+    layout = weight.device_mesh, weight.placements
+    shape, stride = weight.shape, weight.stride()
+    return DTensor.from_local(local, *layout, shape=shape, stride=stride).full_tensor()
+
+
+def _slice_like(whole: Tensor, weight: Tensor) -> Tensor:
+    """The part of `whole` (maybe a mapped file) that this rank holds of `weight`."""
+    if not isinstance(weight, DTensor):
+        return whole
+    shape, offset = compute_local_shape_and_global_offset(
+        weight.shape, weight.device_mesh, weight.placements
+    )
+    return whole[tuple(slice(o, o + n) for n, o in zip(shape, offset, strict=True))]
+
+
+def _buffers_to(model: Bagel, device: torch.device) -> None:
+    """What CPU offloading leaves on the device: buffers and the autoencoder."""
+    if model.config.vae is not None:
+        model.vae.to_empty(device=device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
