@@ -16,7 +16,9 @@ OLD_LAYER_MODULE = "Qwen2MoTDecoderLayer_with_hidden_outputs"
 
 
 def _one_of(*values: Any) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: value in values, f"is none of {', '.join(map(str, values))}"
+    *most, last = map(str, values)
+    said = f"neither {most[0]} nor" if len(most) == 1 else f"none of {', '.join(most)},"
+    return lambda value: value in values, f"is {said} {last}"
 
 
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (

@@ -1,6 +1,7 @@
-"""Arguments of a run: dataclasses, filled from YAML files (`extends`) and the command line.
+"""Arguments of a run: dataclasses, filled from YAML files and the command line.
 
-Later sources win: defaults < YAML < command line. Unknown names raise and name the nearest one.
+Later sources win: defaults < YAML < command line. A YAML file `extends` another one or a list of
+them, the later winning. Unknown names raise and name the nearest one.
 The table of resolved values with the source of each is printed and saved with the run.
 """
 
@@ -424,8 +425,12 @@ def _yaml_layers(path: Path, above: tuple[Path, ...] = ()) -> list[dict[str, tup
         if key.value in places:
             raise ValueError(f"{place}: {key.value} stands in {places[key.value]} already")
         places[key.value] = place
-    base = content.pop("extends", None)
-    deeper = _yaml_layers(path.parent / base, (*above, path)) if base else []
+    bases = content.pop("extends", [])
+    deeper: list[dict[str, tuple[Any, str]]] = []
+    for base in bases if isinstance(bases, list) else [bases]:
+        # What two of them extend comes once, below both.
+        layers = _yaml_layers(path.parent / str(base), (*above, path))
+        deeper += [layer for layer in layers if layer not in deeper]
     return [*deeper, {n: (raw, places.get(n, str(path))) for n, raw in content.items()}]
 
 
