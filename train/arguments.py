@@ -292,7 +292,7 @@ class TrainingArguments:
     peak_tflops: float | None = None
     """Peak of the device in 10^12 operations a second, for the utilisation; None: by its name."""
     enable_validation: bool = False
-    """Validate every val_every steps; val_every switches it on."""
+    """Validate every val_every steps; val_every switches it on, False switches it off."""
     val_dataset_config_file: str | None = None
     """YAML mixture of the validation data."""
     val_every: int = 0
