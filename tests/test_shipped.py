@@ -30,6 +30,13 @@ def test_every_config_resolves(path):
         assert name == "extends" or name in args.flat()
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_large_models_save_memory_and_tiny_ones_need_not(path):
+    training = parse_arguments(["--config", str(path)]).training
+    large = path.parent.name == "experiments"
+    assert (training.bf16, training.activation_checkpointing) == (large, large)
+
+
 def test_v3_is_the_preset_that_users_settled_on():
     training = parse_arguments(
         ["--config", str(ROOT / "configs/experiments/ssim_v3.yaml")]

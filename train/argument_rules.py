@@ -66,33 +66,27 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 def settle(args: "RunArguments", docs: dict[str, str]) -> list[str]:
     """Sets what follows from other arguments. Returns warnings of what has no effect."""
-    model, training, sources = args.model, args.training, args.sources
+    model, t, sources = args.model, args.training, args.sources
     warnings = [
         f"{name}: {docs[name]}" for name in sources if docs.get(name, "").startswith("No effect")
     ]
     if model.layer_module == OLD_LAYER_MODULE:
         model.layer_module = OLD_LAYER_MODULE.removesuffix("_with_hidden_outputs")
         warnings.append(f"layer_module={OLD_LAYER_MODULE} means {model.layer_module}")
-    if training.finetune_from_hf and model.llm_path is not None:
+    if t.finetune_from_hf and model.llm_path is not None:
         warnings.append(f"llm_path={model.llm_path} is not read with finetune_from_hf=True")
-    if training.warmup_steps > training.total_steps:
+    if t.warmup_steps > t.total_steps:
         warnings.append(
-            f"warmup_steps={training.warmup_steps} exceeds total_steps={training.total_steps}: "
-            f"lr={training.lr} is never reached"
+            f"warmup_steps={t.warmup_steps} exceeds total_steps={t.total_steps}: lr={t.lr} is "
+            "never reached"
         )
-    if sources.keys() >= {"val_every", "enable_validation"} and not training.enable_validation:
-        training.val_every, sources["val_every"] = 0, "enable_validation"
-    implied = (
+    if sources.keys() >= {"val_every", "enable_validation"} and not t.enable_validation:
+        t.val_every, sources["val_every"] = 0, "enable_validation"
+    implied: tuple[tuple[bool, Any, str, Any, str], ...] = (
         (model.use_flex, model, "attention_backend", "flex", "use_flex"),
-        (training.wandb_offline, training, "enable_wandb", True, "wandb_offline"),
-        (training.val_every > 0, training, "enable_validation", True, "val_every"),
-        (
-            training.resume_model_only,
-            training,
-            "resume_model_optimizer",
-            False,
-            "resume_model_only",
-        ),
+        (t.wandb_offline, t, "enable_wandb", True, "wandb_offline"),
+        (t.val_every > 0, t, "enable_validation", True, "val_every"),
+        (t.resume_model_only, t, "resume_model_optimizer", False, "resume_model_only"),
     )
     for holds, group, name, value, reason in implied:
         if holds and name not in sources:

@@ -337,7 +337,8 @@ class RunArguments:
 
     def save(self, path: Path) -> None:
         content = {"config": self.config, "arguments": self.flat(), "sources": self.sources}
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def _docs(group: Any) -> dict[str, str]:
