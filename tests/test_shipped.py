@@ -19,7 +19,7 @@ from train.build import build_terms
 ROOT = Path(__file__).parents[1]
 PIXEL = ("weight", "type", "max_t", "chunk_size", "adaptive_chunk")
 SSIM = ("loss_weight", "loss_max_t", "grad_scale")
-CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
+CONFIGS = sorted(p for p in ROOT.glob("configs/**/*.yaml") if p.parent.name != "data")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
@@ -28,6 +28,13 @@ def test_every_config_resolves(path):
     assert build_terms(args.training)
     for name in yaml.safe_load(path.read_text()):
         assert name == "extends" or name in args.flat()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_large_models_save_memory_and_tiny_ones_need_not(path):
+    training = parse_arguments(["--config", str(path)]).training
+    large = path.parent.name == "experiments"
+    assert (training.bf16, training.activation_checkpointing) == (large, large)
 
 
 def test_v3_is_the_preset_that_users_settled_on():

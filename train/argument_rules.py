@@ -16,7 +16,9 @@ OLD_LAYER_MODULE = "Qwen2MoTDecoderLayer_with_hidden_outputs"
 
 
 def _one_of(*values: Any) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: value in values, f"is none of {', '.join(map(str, values))}"
+    *most, last = map(str, values)
+    said = f"neither {most[0]} nor" if len(most) == 1 else f"none of {', '.join(most)},"
+    return lambda value: value in values, f"is {said} {last}"
 
 
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -64,39 +66,33 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 def settle(args: "RunArguments", docs: dict[str, str]) -> list[str]:
     """Sets what follows from other arguments. Returns warnings of what has no effect."""
-    model, training, sources = args.model, args.training, args.sources
+    model, t, sources = args.model, args.training, args.sources
     warnings = [
-        _located(f"{name}: {docs[name]}", sources)
-        for name in sources
-        if docs.get(name, "").startswith("No effect")
+        f"{name}: {docs[name]}" for name in sources if docs.get(name, "").startswith("No effect")
     ]
     if model.layer_module == OLD_LAYER_MODULE:
         model.layer_module = OLD_LAYER_MODULE.removesuffix("_with_hidden_outputs")
+        warnings.append(f"layer_module={OLD_LAYER_MODULE} means {model.layer_module}")
+    if t.finetune_from_hf and model.llm_path is not None:
+        warnings.append(f"llm_path={model.llm_path} is not read with finetune_from_hf=True")
+    if t.warmup_steps > t.total_steps:
         warnings.append(
-            _located(f"layer_module={OLD_LAYER_MODULE} means {model.layer_module}", sources)
+            f"warmup_steps={t.warmup_steps} exceeds total_steps={t.total_steps}: lr={t.lr} is "
+            "never reached"
         )
-    if training.warmup_steps > training.total_steps:
-        warnings.append(
-            f"warmup_steps={training.warmup_steps} exceeds total_steps={training.total_steps}: "
-            f"lr={training.lr} is never reached"
-        )
-    implied = (
+    if sources.keys() >= {"val_every", "enable_validation"} and not t.enable_validation:
+        t.val_every, sources["val_every"] = 0, "enable_validation"
+    implied: tuple[tuple[bool, Any, str, Any, str], ...] = (
         (model.use_flex, model, "attention_backend", "flex", "use_flex"),
-        (training.wandb_offline, training, "enable_wandb", True, "wandb_offline"),
-        (training.val_every > 0, training, "enable_validation", True, "val_every"),
-        (
-            training.resume_model_only,
-            training,
-            "resume_model_optimizer",
-            False,
-            "resume_model_only",
-        ),
+        (t.wandb_offline, t, "enable_wandb", True, "wandb_offline"),
+        (t.val_every > 0, t, "enable_validation", True, "val_every"),
+        (t.resume_model_only, t, "resume_model_optimizer", False, "resume_model_only"),
     )
     for holds, group, name, value, reason in implied:
         if holds and name not in sources:
             setattr(group, name, value)
             sources[name] = reason
-    return warnings
+    return [_located(warning, sources) for warning in warnings]
 
 
 def out_of_range(args: "RunArguments") -> Iterator[str]:
@@ -153,8 +149,6 @@ def _of_the_start(args: "RunArguments") -> Iterator[str]:
         )
     if not t.finetune_from_hf and model.llm_path is None:
         yield "finetune_from_hf=False needs llm_path"
-    if t.finetune_from_hf and "llm_path" in args.sources:
-        yield "llm_path is not read with finetune_from_hf=True: drop it or set the flag to False"
     if not t.finetune_from_hf and t.finetune_from_ema and t.resume_from is None:
         yield "finetune_from_ema reads model_path, which finetune_from_hf=False does not"
     if model.use_flex and model.attention_backend != "flex":
@@ -195,9 +189,10 @@ def _frozen_rates(t: "TrainingArguments") -> Iterator[str]:
 def _of_scale(args: "RunArguments") -> Iterator[str]:
     t, sources = args.training, args.sources
     foreign = FSDP_ONLY if t.backend == "deepspeed" else DEEPSPEED_ONLY
+    needed = "fsdp" if t.backend == "deepspeed" else "deepspeed"
     for name in foreign:
-        if name in sources:
-            yield f"{name}={getattr(t, name)} has no meaning with backend={t.backend}"
+        if name in sources and (value := getattr(t, name)) is not None:
+            yield f"{name}={value} needs backend={needed}, not {t.backend}"
     if t.ds_config_file is not None and "zero_stage" in sources:
         yield f"zero_stage={t.zero_stage} would be overruled by ds_config_file={t.ds_config_file}"
     if args.data.expected_num_tokens > args.data.max_num_tokens:
@@ -211,8 +206,6 @@ def _of_observation(args: "RunArguments") -> Iterator[str]:
     t = args.training
     if t.wandb_offline and not t.enable_wandb:
         yield "wandb_offline=True and enable_wandb=False contradict each other"
-    if t.val_every > 0 and not t.enable_validation:
-        yield f"val_every={t.val_every} and enable_validation=False contradict each other"
     if t.enable_validation and t.val_every == 0:
         yield "enable_validation needs val_every above 0"
     if t.enable_validation and t.val_dataset_config_file is None:

@@ -1,6 +1,7 @@
-"""Arguments of a run: dataclasses, filled from YAML files (`extends`) and the command line.
+"""Arguments of a run: dataclasses, filled from YAML files and the command line.
 
-Later sources win: defaults < YAML < command line. Unknown names raise and name the nearest one.
+Later sources win: defaults < YAML < command line. A YAML file `extends` another one or a list of
+them, the later winning. Unknown names raise and name the nearest one.
 The table of resolved values with the source of each is printed and saved with the run.
 """
 
@@ -291,7 +292,7 @@ class TrainingArguments:
     peak_tflops: float | None = None
     """Peak of the device in 10^12 operations a second, for the utilisation; None: by its name."""
     enable_validation: bool = False
-    """Validate every val_every steps; val_every switches it on."""
+    """Validate every val_every steps; val_every switches it on, False switches it off."""
     val_dataset_config_file: str | None = None
     """YAML mixture of the validation data."""
     val_every: int = 0
@@ -336,7 +337,8 @@ class RunArguments:
 
     def save(self, path: Path) -> None:
         content = {"config": self.config, "arguments": self.flat(), "sources": self.sources}
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def _docs(group: Any) -> dict[str, str]:
@@ -424,8 +426,12 @@ def _yaml_layers(path: Path, above: tuple[Path, ...] = ()) -> list[dict[str, tup
         if key.value in places:
             raise ValueError(f"{place}: {key.value} stands in {places[key.value]} already")
         places[key.value] = place
-    base = content.pop("extends", None)
-    deeper = _yaml_layers(path.parent / base, (*above, path)) if base else []
+    bases = content.pop("extends", [])
+    deeper: list[dict[str, tuple[Any, str]]] = []
+    for base in bases if isinstance(bases, list) else [bases]:
+        # What two of them extend comes once, below both.
+        layers = _yaml_layers(path.parent / str(base), (*above, path))
+        deeper += [layer for layer in layers if layer not in deeper]
     return [*deeper, {n: (raw, places.get(n, str(path))) for n, raw in content.items()}]
 
 
