@@ -90,7 +90,7 @@ class Backend:
 
     def place(self, tensors: Tensors) -> None:
         """Allocates the model on its device and fills it."""
-        self.model.to_empty(device=self.device)
+        _allocate(self.model, self.device)
         self.load(tensors)
 
     def build_optimizer(self) -> torch.optim.AdamW:
@@ -208,7 +208,7 @@ class FSDPBackend(Backend):
         vae = set(model.vae.parameters()) if model.config.vae is not None else set()
         fully_shard(model, reshard_after_forward=False, ignored_params=vae, **options)
         register_fsdp_forward_method(model, "call")
-        model.to_empty(device="cpu" if args.cpu_offload else self.device)
+        _allocate(model, torch.device("cpu") if args.cpu_offload else self.device)
         if args.cpu_offload:
             _buffers_to(model, self.device)
         self.load(tensors)
@@ -402,6 +402,12 @@ def _slice_like(whole: Tensor, weight: Tensor) -> Tensor:
         weight.shape, weight.device_mesh, weight.placements
     )
     return whole[tuple(slice(o, o + n) for n, o in zip(shape, offset, strict=True))]
+
+
+def _allocate(model: Bagel, device: torch.device) -> None:
+    model.to_empty(device=device)
+    if model.config.llm.tie_word_embeddings:  # which that has made two
+        model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
 
 
 def _buffers_to(model: Bagel, device: torch.device) -> None:

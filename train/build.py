@@ -15,10 +15,12 @@ from modeling.bagel.losses import CrossEntropy, LossSet, PixelTerm, SSIMTerm, Te
 from modeling.pretrained import (
     MANIFEST,
     SETTINGS,
+    VAE_FILE,
     LoadReport,
     Weights,
     load_architecture,
     open_pretrained,
+    weight_files,
 )
 
 from .adapters import BASE, add_adapters, initial_adapters
@@ -138,9 +140,11 @@ def open_model(
         model = load_architecture(source, overrides)
         model.init_weights(args.training.copy_init_moe)
         report = f"RANDOM weights in the sizes of {source} (init_from_scratch)"
-        return model.to("meta"), model.state_dict(), report
+        tensors = model.state_dict()
+        return model.to("meta"), tensors, report
+    files = weight_files(source, weights)
     if (source / MANIFEST).exists():
-        verify(source)
+        verify(source, [p.name for p in (*files, source / VAE_FILE, *source.glob("*_config.json"))])
     return open_pretrained(source, weights, overrides=overrides, verify=False)
 
 

@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -153,7 +154,7 @@ class HangWatch:
 
     def alive(self) -> None:
         if self.timeout > 0:
-            faulthandler.dump_traceback_later(self.timeout, exit=True)
+            faulthandler.dump_traceback_later(self.timeout, exit=True, file=sys.__stderr__)
 
 
 @contextmanager

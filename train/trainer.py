@@ -113,6 +113,7 @@ class Trainer:
         skip = self.guard.judge(self.step, norm, micro_batches, found)
         self.telemetry.end_step(metrics, backend.device)
         metrics.add("total_norm", norm)
+        metrics.add("lr", lr_at(self.step, args.lr, args))
         for group in backend.optimizer.param_groups:
             group["lr"] = lr_at(self.step, group["base_lr"], args)
             metrics.add(f"lr_{group['name']}", group["lr"])
