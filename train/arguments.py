@@ -83,6 +83,14 @@ class DataArguments:
     """Tokens that no pack exceeds."""
     max_num_tokens_per_sample: int = 16384
     """Longer samples are dropped and counted."""
+    prefer_buffer_before: int = 16384
+    """While a pack holds fewer tokens, samples that wait in the buffer come first."""
+    max_buffer_size: int = 50
+    """Samples that may wait for a pack with room; 0 keeps the order of the stream."""
+    num_workers: int = 1
+    """Processes per rank that decode images; 0 decodes in the training process."""
+    prefetch_factor: int = 2
+    """Packs that each worker prepares ahead."""
     full_noise_fraction: float = 0.0
     """Share of the target images at t = 1, where few-step sampling starts."""
 

@@ -15,7 +15,7 @@ from modeling.pretrained import SETTINGS, LoadReport, Weights, load_architecture
 
 from .arguments import RunArguments, TrainingArguments
 from .checkpoint import step_folders
-from .distributed import all_reduce
+from .distributed import all_reduce, rank, world_size
 from .ema import EMA
 from .optim import apply_freeze_plan, build_optimizer, build_schedule
 from .telemetry import Telemetry
@@ -132,7 +132,8 @@ def build_loader(args: RunArguments, model: Bagel) -> PackedLoader:
     )
     loader = LoaderConfig(**{f.name: getattr(data, f.name) for f in fields(LoaderConfig)})
     mixture = load_mixture(data.dataset_config_file, data.data_root)
-    return PackedLoader(mixture, loader, packer, Tokenizer(args.model.model_path))
+    tokenizer = Tokenizer(args.model.model_path)
+    return PackedLoader(mixture, loader, packer, tokenizer, rank(), world_size())
 
 
 def resume_folder(args: TrainingArguments) -> Path | None:
