@@ -27,7 +27,7 @@ from .adapters import BASE, add_adapters, initial_adapters
 from .arguments import RunArguments, TrainingArguments
 from .backends import make_backend
 from .checkpoint import load_state, newest_good, step_folders, verify
-from .distributed import all_reduce, local_device, rank
+from .distributed import all_reduce, local_device, rank, world_size
 from .ema import EMA
 from .guard import Guard
 from .optim import apply_freeze_plan
@@ -199,4 +199,4 @@ def build_loader(args: RunArguments, model: Bagel, source: Path) -> PackedLoader
     )
     loader = LoaderConfig(**{f.name: getattr(data, f.name) for f in fields(LoaderConfig)})
     mixture = load_mixture(data.dataset_config_file, data.data_root)
-    return PackedLoader(mixture, loader, packer, Tokenizer(source))
+    return PackedLoader(mixture, loader, packer, Tokenizer(source), rank(), world_size())

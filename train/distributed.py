@@ -154,7 +154,7 @@ class HangWatch:
 
     def alive(self) -> None:
         if self.timeout > 0:
-            faulthandler.dump_traceback_later(self.timeout, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self.timeout, exit=True, file=sys.__stderr__ or 2)
 
 
 @contextmanager
