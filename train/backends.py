@@ -197,7 +197,9 @@ class FSDPBackend(Backend):
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             ),
-            "offload_policy": CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+            if args.cpu_offload
+            else OffloadPolicy(),
         }
         again = args.sharding_strategy != "SHARD_GRAD_OP"
         for block in blocks(model):

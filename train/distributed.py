@@ -51,6 +51,7 @@ def process_group(device: torch.device, timeout: float, wanted: bool = False) ->
         return
     alone: dict[str, Any] = {}
     if "RANK" not in os.environ:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(
         "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
