@@ -114,14 +114,12 @@ class PackedLoader:
         """Begins to prepare what follows the last batch taken."""
         planner, workers = copy.copy(self.planner), self.config.num_workers
         planner.load(self.planner.state())
-        packs = _Packs(planner, self.rank, self.world_size)
         # A fork of a process with threads may deadlock, so a server without any forks the workers.
         context = torch.multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["__main__", __name__])
         loader = DataLoader(
-            packs,
+            _Packs(planner, self.rank, self.world_size),
             batch_size=None,
-            collate_fn=_unchanged,
             num_workers=workers,
             prefetch_factor=self.config.prefetch_factor if workers else None,
             multiprocessing_context=context if workers else None,
@@ -150,7 +148,3 @@ class _Packs(IterableDataset):
         except (ValueError, OSError) as error:
             # Raised by the loader, it keeps its type and its one line of text.
             yield error, {}
-
-
-def _unchanged(item: Any) -> Any:
-    return item
