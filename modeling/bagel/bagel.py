@@ -4,8 +4,9 @@ Shape legend: S sequence tokens, d hidden size, L latent tokens, D numbers in a 
 M latent tokens of target images.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from .modeling_utils import MLPConnector, PositionEmbedding, TimestepEmbedder
 from .qwen2_navit import ExpertOrder, Qwen2ForCausalLM
 from .siglip_navit import SiglipNavitModel
 
+T = TypeVar("T")
 ENCODED_PIXELS = 1024 * 1024
 """Pixels that the encoder sees at one time, or one image if that is larger."""
 
@@ -206,3 +208,7 @@ class Bagel(nn.Module):
         `scales` and `observe`: see `LossSet.__call__`.
         """
         return self.losses(self.step_outputs(batch, flow), scales, observe)
+
+    def call(self, function: Callable[..., T], *args: Any) -> T:
+        """`function(self, *args)`: what wraps this method sees the work as it sees `forward`'s."""
+        return function(self, *args)

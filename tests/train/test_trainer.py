@@ -27,7 +27,7 @@ from tests.helpers import (
 from train.build import build_model, build_trainer, resume_folder
 from train.checkpoint import step_folders
 from train.main_sr_pixel_loss import main
-from train.metrics import Metrics
+from train.metrics import MEASURED, Metrics
 from train.trainer import NonFiniteError, Trainer
 
 PIXEL_SPACE = {
@@ -45,7 +45,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def logged(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 @pytest.fixture(scope="module")
