@@ -152,7 +152,8 @@ class Metrics:
                 totals[name] += total
         steps = max(1, step - self.last_step)
         line = {name: total / counts[name] for name, total in sums.items() if counts[name] > 0}
-        line["loss_total"] = sum(line[name] for name in line if name.endswith("_weighted"))
+        if weighted := [line[name] for name in line if name.endswith("_weighted")]:
+            line["loss_total"] = sum(weighted)
         line |= {name: total / steps for name, total in totals.items()}
         # Largest values are those of all ranks already.
         line |= {name: float(value) for name, value in self.largest.items()}

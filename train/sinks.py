@@ -18,14 +18,16 @@ PROJECT = "bagel-restore"
 """Of the package, whose extras hold the optional sinks, and of the W&B runs."""
 
 
-class Sink(Protocol):
+class Sink:
+    """Takes numbers and RGB images by tag; what a sink has no use for it leaves out."""
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
     def image(self, step: int, tag: str, image: Image.Image) -> None: ...
     def close(self) -> None: ...
 
 
-class TextLog:
-    """One line a call in `log.txt`; images are left out."""
+class TextLog(Sink):
+    """One line a call in `log.txt`."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -36,14 +38,8 @@ class TextLog:
         with self.path.open("a") as file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  step {step}  {shown}\n")
 
-    def image(self, step: int, tag: str, image: Image.Image) -> None:
-        pass
 
-    def close(self) -> None:
-        pass
-
-
-class TensorBoard:
+class TensorBoard(Sink):
     """Event files in `<run>/tensorboard`; a resumed run hides what came after its step."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -64,10 +60,11 @@ class TensorBoard:
         self.writer.close()
 
 
-class WandB:
+class WandB(Sink):
     """Weights & Biases. The run's id stands in `<run>/wandb_id.txt`, so that it can go on.
 
-    Of the process it sends nothing but the values: no code, no command line, no console.
+    Nothing but the values is stored: no code, no command line, no console. Steps that a resumed
+    run repeats stay as they were.
     """
 
     def __init__(self, folder: Path, name: str, offline: bool) -> None:
@@ -90,9 +87,8 @@ class WandB:
                 settings=quiet,
             )
         except wandb.Error as error:
-            raise ValueError(
-                f"enable_wandb: {error}; log in with `wandb login` or set wandb_offline"
-            ) from error
+            told = " ".join(str(error).split())
+            raise ValueError(f"enable_wandb: {told} (or set wandb_offline)") from error
         self.picture = wandb.Image
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

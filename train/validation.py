@@ -171,13 +171,14 @@ class Validation:
         A rank that has one less repeats the first pack, in no place: ranks that shard a model
         have to run it equally often.
         """
-        packs = enumerate(islice(self.packs, self.steps))
-        first = place, pack = next(packs)
-        own: list[tuple[int | None, PackedBatch]] = [
-            (place, pack) for place, pack in chain([first], packs) if place % world_size() == rank()
-        ]
-        missing = math.ceil(self.steps / world_size()) - len(own)
-        return own + [(None, first[1])] * missing
+        own: list[tuple[int | None, PackedBatch]] = []
+        spare: list[tuple[int | None, PackedBatch]] = []
+        for place, pack in enumerate(islice(self.packs, self.steps)):
+            if place == 0:
+                spare = [(None, pack)]
+            if place % world_size() == rank():
+                own.append((place, pack))
+        return own + spare * (math.ceil(self.steps / world_size()) - len(own))
 
     def _losses(self) -> dict[str, float]:
         own: dict[int, dict[str, tuple[float, float]]] = {}

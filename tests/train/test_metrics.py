@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import wandb
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 from wandb.proto.wandb_internal_pb2 import Record
 
+import train.metrics
 from modeling.batch import AnswerLabels
 from tests.helpers import pack, restoration, tiny_config, tiny_model
 from train.flops import flops_per_batch, peak_flops
@@ -83,23 +85,40 @@ def test_a_line_holds_means_totals_and_speeds(tmp_path, capsys):
     assert "step 2/9  ce 6  mse 2" in shown and "samples/ixi" not in shown
 
 
-def test_the_share_of_waiting_and_the_pauses(tmp_path):
+def test_memory_and_speed_of_a_gpu(tmp_path, monkeypatch):
+    resets = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 10**9)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(1))
+    with Metrics(tmp_path / "m.jsonl", 0, 3) as metrics:
+        metrics.add_totals({"tokens": 8})
+        line = metrics.log(1)
+    assert line["memory_gb"] == 3.0 and len(resets) == 2
+    assert line["tokens_per_s_per_gpu"] == line["tokens_per_s"] > 0
+
+
+def test_the_share_of_waiting_and_the_pauses(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(train.metrics, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
     def slow() -> Iterator[int]:
-        for i in range(3):
-            time.sleep(0.05)
-            yield i
+        while True:
+            clock[0] += 0.5
+            yield 0
 
     with Metrics(tmp_path / "m.jsonl", 0, 3) as metrics:
         batches = slow()
         for _ in range(3):
             with metrics.wait():
                 next(batches)
-            time.sleep(0.1)
+            clock[0] += 1.5
         with metrics.pause():
-            time.sleep(0.3)
+            clock[0] += 100.0
         line = metrics.log(3)
-    assert line["data_wait_share"] == pytest.approx(1 / 3, abs=0.05)
-    assert line["step_s"] == pytest.approx(0.15, abs=0.03)
+        clock[0] += 1.0
+        following = metrics.log(4)
+    assert line["data_wait_share"] == 1 / 4 and line["step_s"] == 2.0
+    assert following["data_wait_share"] == 0.0 and following["step_s"] == 1.0
 
 
 def test_a_resumed_run_writes_its_steps_again(tmp_path):
@@ -175,6 +194,15 @@ def test_wandb_offline_holds_the_values(tmp_path, monkeypatch):
     assert {p.name.rsplit("-", 1)[1] for p in tmp_path.glob("wandb/offline-run-*")} == {
         runs[0].run_id
     }
+
+
+def test_wandb_that_cannot_be_reached_is_an_error(tmp_path, monkeypatch):
+    def refused(**_: Any) -> None:
+        raise wandb.errors.UsageError("No API key\nconfigured.")
+
+    monkeypatch.setattr(wandb, "init", refused)
+    with pytest.raises(ValueError, match="^enable_wandb: No API key configured.*wandb_offline"):
+        build_sinks(sink_arguments(enable_wandb=True), tmp_path, 0)
 
 
 @pytest.mark.parametrize(
