@@ -174,6 +174,7 @@ def test_wandb_offline_holds_the_values(tmp_path, monkeypatch):
     arguments = sink_arguments(enable_wandb=True)
     sinks = build_sinks(arguments, tmp_path, 0)
     first, second = two_lines(Metrics(tmp_path / "metrics.jsonl", 0, 9, sinks))
+    wandb.teardown()  # waits for the last write, as the end of a process does
     rows, runs = {}, []
     for record in wandb_records(tmp_path):
         if record.HasField("run"):
