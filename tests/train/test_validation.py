@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from data.config import load_mixture
 from data.images import to_uint8
@@ -241,20 +242,30 @@ def on_rank(rank: int, checkpoint: Path, tasks: Path, folder: Path) -> dict[str,
         validation = validation_of(trainer, tasks, lockstep=lockstep, sinks=[recorder])
         found[f"lockstep={lockstep}"] = validation.run(3, Averages(trainer.model))
         found[f"images={lockstep}"] = len(recorder.images)
-    return found | {"forwards": len(calls)}
+    found["forwards"] = len(calls)
+    for layer in trainer.model.language_model.model.layers:
+        fully_shard(layer)
+    fully_shard(trainer.model)
+    register_fsdp_forward_method(trainer.model, "call")
+    validation = validation_of(trainer, tasks, count=1, lockstep=True)
+    return found | {"sharded": validation.run(3, Averages(trainer.model))}
 
 
 def test_ranks_change_no_number(checkpoint, tasks, tmp_path):
     """Three packs and four images on two ranks; rank 1 writes nothing."""
-    trainer = trainer_of(checkpoint, tasks, tmp_path / "one")
+    trainer, threads = trainer_of(checkpoint, tasks, tmp_path / "one"), torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks have; others round otherwise
     expected = validation_of(trainer, tasks).run(3, Averages(trainer.model))
+    of_one = validation_of(trainer, tasks, count=1).run(3, Averages(trainer.model))
+    torch.set_num_threads(threads)
     first, second = run_on_ranks(2, on_rank, tmp_path / "two", checkpoint, tasks, tmp_path / "two")
     for found in (first, second):
         assert found["lockstep=False"] == expected == found["lockstep=True"]
+        assert found["sharded"] == pytest.approx(of_one, rel=1e-5)
         assert found["forwards"] == 4  # twice two, also on the rank that has one pack
     assert [first["images=False"], second["images=False"]] == [3, 0]
     (line,) = (tmp_path / "two" / "validation.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"step": 3} | expected
+    assert json.loads(line) == {"step": 3} | first["sharded"]
     (line,) = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
     line = json.loads(line)
     assert line == {"step": 2} | first["line"]
