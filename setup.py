@@ -10,6 +10,8 @@ DEMO = [
     "scipy==1.17.1",
     "tokenizers==0.23.3",
 ]
+TENSORBOARD = ["tensorboard==2.21.0"]
+WANDB = ["wandb==0.31.0"]
 
 setup(
     name="bagel-restore",
@@ -35,12 +37,15 @@ setup(
         "demo": DEMO,
         "dev": [
             *DEMO,
+            *TENSORBOARD,
+            *WANDB,
             "mypy==2.4.1",
             "pytest==9.2.0",
             "ruff==0.17.6",
             "types-PyYAML==6.0.12.20261113",
         ],
         "deepspeed": ["accelerate==1.15.0", "deepspeed==0.19.8"],
-        "wandb": ["wandb==0.31.0"],
+        "tensorboard": TENSORBOARD,
+        "wandb": WANDB,
     },
 )

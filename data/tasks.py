@@ -3,9 +3,10 @@
 Training and inference use the same object, so a prompt cannot differ between them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -21,6 +22,29 @@ from .transforms import ResizeRule
 Size = tuple[int, int]
 Picture = Image.Image | Size
 """An image, or its (width, height) where pixels are not needed."""
+
+
+class Prompt(Protocol):
+    """A context that a model generates from."""
+
+    def add_text(self, ids: list[int]) -> None: ...
+    def add_vit_image(self, image_pm1: Tensor) -> None: ...
+    def add_vae_image(self, image_pm1: Tensor) -> None: ...
+
+
+P = TypeVar("P", bound=Prompt)
+
+
+def filled(prompt: P, segments: Iterable[Segment]) -> P:
+    """The prompt itself, with the segments added in order."""
+    for segment in segments:
+        if isinstance(segment, TextSegment):
+            prompt.add_text(segment.ids)
+        elif isinstance(segment, VitSegment):
+            prompt.add_vit_image(segment.image_pm1)
+        else:
+            prompt.add_vae_image(segment.image_pm1)
+    return prompt
 
 
 @dataclass(frozen=True)

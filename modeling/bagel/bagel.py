@@ -6,7 +6,7 @@ M latent tokens of target images.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from .modeling_utils import MLPConnector, PositionEmbedding, TimestepEmbedder
 from .qwen2_navit import ExpertOrder, Qwen2ForCausalLM
 from .siglip_navit import SiglipNavitModel
 
+T = TypeVar("T")
 ENCODED_PIXELS = 1024 * 1024
 """Pixels that the encoder sees at one time, or one image if that is larger."""
 
@@ -216,9 +217,9 @@ class Bagel(nn.Module):
             clean=flow.z0[target],
         )
 
-    def call(self, fn: Callable[..., Any], *args: Any) -> Any:
-        """fn(self, *args) as a forward pass, so that the hooks of a sharded model run."""
-        return fn(self, *args)
+    def call(self, function: Callable[..., T], *args: Any) -> T:
+        """`function(self, *args)`: hooks of a sharded model run as for `forward`."""
+        return function(self, *args)
 
     def forward(
         self,

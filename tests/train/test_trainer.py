@@ -28,7 +28,7 @@ from train.build import build_trainer, open_model, resume_folder
 from train.checkpoint import step_folders
 from train.guard import NonFiniteError
 from train.main_sr_pixel_loss import main
-from train.metrics import Metrics
+from train.metrics import MEASURED, Metrics
 from train.trainer import Trainer
 
 PIXEL_SPACE = {
@@ -46,7 +46,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def logged(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 @pytest.fixture(scope="module")
