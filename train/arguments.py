@@ -134,8 +134,6 @@ class TrainingArguments:
     """Random initial weights (configs, tokenizer and autoencoder still from `model_path`)."""
     copy_init_moe: bool = True
     """From scratch: the generation expert starts as a copy of the understanding expert."""
-    allow_config_change: bool = False
-    """Resume although the run was saved with other arguments."""
     dry_run: bool = False
     """Check everything that can be known before the first step, print it and exit."""
     log_every: int = 10

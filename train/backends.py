@@ -5,6 +5,7 @@ optimizer and the EMA work on. A gradient is a sum over all ranks: losses are su
 denominator.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -68,6 +69,8 @@ class Backend:
     Weights are float32; with `bf16` the forward pass runs under autocast.
     """
 
+    lockstep = False
+    """Whether ranks share weights, so that all have to run every module together."""
     shards: dist.ProcessGroup | None = None
     """Ranks that hold one copy of the model together; None where each has a copy of its own."""
 
@@ -113,11 +116,13 @@ class Backend:
         return torch.optim.AdamW(groups, betas=betas, eps=args.eps, weight_decay=0.0, fused=True)
 
     def forward(self, batch: PackedBatch, **options: Any) -> dict[str, LossTerm]:
-        with self.autocast():
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocasts):
             return self.model(batch, complete=True, **options)
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
+    @property
+    def autocasts(self) -> bool:
+        """Else weights arrive in bfloat16, and activations follow them."""
+        return self.args.bf16
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds the loss's gradient; `last` of the step's micro-batches."""
@@ -188,6 +193,8 @@ class FSDPBackend(Backend):
     sharded.
     """
 
+    lockstep, autocasts = True, False
+
     def place(self, tensors: Tensors) -> None:
         model, args = self.model, self.args
         self.shards = (mesh := make_mesh(self.device.type, args))["shard"].get_group()
@@ -215,10 +222,6 @@ class FSDPBackend(Backend):
             _buffers_to(model, self.device)
         self.load(tensors)
 
-    def autocast(self) -> torch.autocast:
-        # Weights arrive in bfloat16, and activations follow them.
-        return torch.autocast(self.device.type, enabled=False)
-
     def backward(self, loss: Tensor, last: bool) -> None:
         # FSDP2 averages over ranks.
         (world_size() * loss).backward()
@@ -231,6 +234,8 @@ class DeepSpeedBackend(Backend):
     autocast. Whether a step is skipped is decided on the device here too, but the engine looks at
     the norm on the host.
     """
+
+    lockstep, autocasts = True, False
 
     def build_optimizer(self) -> torch.optim.AdamW:
         # Only here: it is an extra, slow to import, and sets up its accelerator.
@@ -334,7 +339,7 @@ def deepspeed_config(args: TrainingArguments, device: torch.device) -> dict[str,
     ours = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "gradient_clipping": args.max_grad_norm,
+        "gradient_clipping": 0.0 if math.isinf(args.max_grad_norm) else args.max_grad_norm,
         "bf16": {"enabled": args.bf16},
         # Without it the engine switches off autocast inside of the model.
         "torch_autocast": {"enabled": args.bf16, "dtype": "bfloat16"},

@@ -271,9 +271,10 @@ class Saver:
         if final.exists():
             shutil.rmtree(final)
         staging.rename(final)
-        best = {f"{step:07d}" for step in self.trainer.best_steps()}
-        for old in step_folders(self.run)[: -self.args.max_checkpoints]:
-            if old.name not in best:
+        folders = step_folders(self.run)
+        best = self.trainer.best_steps([int(folder.name) for folder in folders])
+        for old in folders[: -self.args.max_checkpoints]:
+            if int(old.name) not in best:
                 shutil.rmtree(old)
 
     def finish(self) -> bool:

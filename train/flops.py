@@ -67,6 +67,16 @@ def flops_per_batch(config: BagelConfig, batch: PackedBatch, freeze_vit: bool = 
     return float(flops)
 
 
+def batch_totals(config: BagelConfig, batch: PackedBatch, freeze_vit: bool) -> dict[str, float]:
+    """What a batch adds to the totals of a step, by the names of the log."""
+    return {
+        "tokens": batch.num_tokens,
+        "model_flops": flops_per_batch(config, batch, freeze_vit),
+        "total_ce_tokens": 0 if batch.labels is None else len(batch.labels.ids),
+        "total_mse_tokens": 0 if batch.vae is None else batch.vae.num_target_tokens,
+    }
+
+
 def _attention(lens: tuple[int, ...], width: int) -> int:
     """Multiplications of scores and weighted values, over all pairs of tokens of each sample."""
     return 2 * width * sum(n * n for n in lens)

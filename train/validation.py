@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice, zip_longest
 from pathlib import Path
@@ -123,10 +123,10 @@ class Validation:
     bf16: bool = False
     """Autocast, as in training."""
     lockstep: bool = False
-    """Ranks share the weights of one model, so all of them restore every image."""
-    sinks: Sequence[Sink] = field(default=())
+    """Ranks share the weights of one model, so all of them run all modules and restore every
+    image."""
 
-    def run(self, step: int, ema: Averages) -> dict[str, float]:
+    def run(self, step: int, ema: Averages, sinks: Sequence[Sink] = ()) -> dict[str, float]:
         """`val/<term>` of the weights; `val/psnr/<task>`, `val/ssim/<task>` of the averages.
 
         With `psnr_input` and `ssim_input`, those of the degraded image, and task `mean`, over all
@@ -144,7 +144,7 @@ class Validation:
                 of_all = [result.scores[name] for result in results]
                 values[f"val/{name}/{task}"] = sum(of_all) / len(of_all)
         if rank() == 0:
-            self._write(step, values, by_task)
+            self._write(step, values, by_task, sinks)
         return values
 
     @contextmanager
@@ -184,7 +184,7 @@ class Validation:
         own: dict[int, dict[str, tuple[float, float]]] = {}
         for place, batch in self._own_packs:
             with self._autocast():
-                terms = self.model(batch.to(self.device))
+                terms = self.model(batch.to(self.device), complete=self.lockstep)
             if place is not None:
                 own[place] = {name: (float(t.sum), t.count) for name, t in terms.items()}
         sums: dict[str, float] = defaultdict(float)
@@ -220,19 +220,23 @@ class Validation:
         return _Restored((degraded, image, truth, _error(image, truth)), found)
 
     def _write(
-        self, step: int, values: Mapping[str, float], by_task: Mapping[str, list[_Restored]]
+        self,
+        step: int,
+        values: Mapping[str, float],
+        by_task: Mapping[str, list[_Restored]],
+        sinks: Sequence[Sink],
     ) -> None:
         path, folder = self.run_folder / "validation.jsonl", self.run_folder / "validation"
         folder.mkdir(parents=True, exist_ok=True)
         drop_lines_after(path, step - 1)
         append_line(path, step, values)
-        for sink in self.sinks:
+        for sink in sinks:
             sink.scalars(step, values)
         for task, results in by_task.items():
             preview = _preview([result.images for result in results])
             name = re.sub(r"[^\w-]+", "_", task)
             preview.save(folder / f"{step:07d}_{name}.png")
-            for sink in self.sinks:
+            for sink in sinks:
                 sink.image(step, f"val/{task}", preview)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         print(f"validation at step {step}  {shown}", flush=True)
