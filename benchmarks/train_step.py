@@ -79,7 +79,8 @@ class Pack:
 
 def ours(model: Qwen2Model, pack: Pack) -> Tensor:
     tokens = ExpertOrder.of(len(pack.x), pack.gen, pack.x.device)
-    attention = packed_attention(*pack.layout, "cpu")
+    learned = pack.gen if model.freeze_und else None
+    attention = packed_attention(*pack.layout, "cpu", learned=learned)
     return model(pack.x, pack.position_ids, tokens, attention)
 
 
