@@ -25,6 +25,8 @@ from .modeling_utils import Rope, apply_rope
 GEN = "_moe_gen"
 Blocks = tuple[Tensor, Tensor]
 """The rows of the understanding tokens and of the generation tokens, each in sequence order."""
+RopeBlocks = tuple[Blocks, Blocks]
+"""Cosines and sines of both blocks."""
 
 
 @dataclass(frozen=True)
@@ -147,20 +149,21 @@ class Experts(nn.Module):
             self.add_module(name + s, RMSNorm(size, eps))
 
     def per_expert(
-        self, run: Callable[[str, Tensor], Tensor], x: Blocks, suffixes: tuple[str, ...]
+        self, run: Callable[..., Tensor], suffixes: tuple[str, ...], *blocks: Blocks
     ) -> Blocks:
-        """`run(suffix, block)` of both blocks; a single expert runs on each of them."""
+        """`run(suffix, *rows)` of either expert; a single expert runs on both blocks."""
+        und_rows, gen_rows = zip(*blocks, strict=True)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_und):
-            und = run(suffixes[0], x[0])
+            und = run(suffixes[0], *und_rows)
         # In training an empty block runs too: its weights then get zero gradients, not None.
-        if len(x[1]) == 0 and not torch.is_grad_enabled():
+        if len(gen_rows[0]) == 0 and not torch.is_grad_enabled():
             return und, und[:0]
-        return und, run(suffixes[-1], x[1])
+        return und, run(suffixes[-1], *gen_rows)
 
     def each(self, name: str, x: Blocks, suffixes: tuple[str, ...] | None = None) -> Blocks:
         """Every expert's own submodule `name` + suffix on its block."""
         return self.per_expert(
-            lambda s, part: self.get_submodule(name + s)(part), x, suffixes or self.suffixes
+            lambda s, part: self.get_submodule(name + s)(part), suffixes or self.suffixes, x
         )
 
 
@@ -179,21 +182,24 @@ class ExpertAttention(Experts):
             for name in ("q_norm", "k_norm"):
                 self.add_norms(name, self.head_dim, llm.rms_norm_eps, self.suffixes)
 
-    def _heads(self, name: str, x: Blocks, tokens: ExpertOrder) -> Tensor:
-        """(S, heads, E) queries, keys or values in sequence order, normed but not rotated."""
+    def _heads(self, name: str, x: Blocks, rope: RopeBlocks) -> Blocks:
+        """(n, heads, E) queries, keys or values of either expert, normed and rotated."""
 
-        def run(suffix: str, part: Tensor) -> Tensor:
+        def run(suffix: str, part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             out = self.get_submodule(f"{name}_proj{suffix}")(part).unflatten(1, (-1, self.head_dim))
-            normed = self.qk_norm and name != "v"
-            return self.get_submodule(f"{name}_norm{suffix}")(out) if normed else out
+            if name == "v":
+                return out
+            if self.qk_norm:
+                out = self.get_submodule(f"{name}_norm{suffix}")(out)
+            return apply_rope(out, (cos, sin))
 
-        return tokens.join(self.per_expert(run, x, self.suffixes))
+        return self.per_expert(run, self.suffixes, x, *rope)
 
     def forward(
-        self, x: Blocks, rope: Rope, tokens: ExpertOrder, attention: Attention, layer: int
+        self, x: Blocks, rope: RopeBlocks, tokens: ExpertOrder, attention: Attention, layer: int
     ) -> Blocks:
-        q, k, v = (self._heads(name, x, tokens) for name in "qkv")
-        out = attention(layer, apply_rope(q, rope), apply_rope(k, rope), v).flatten(1)
+        q, k, v = (tokens.join(self._heads(name, x, rope)) for name in "qkv")
+        out = attention(layer, q, k, v).flatten(1)
         return self.each("o_proj", tokens.split(out))
 
 
@@ -210,7 +216,7 @@ class DecoderLayer(Experts):
             self.add_module(f"mlp{s}", MLP(llm))
 
     def forward(
-        self, x: Blocks, rope: Rope, tokens: ExpertOrder, attention: Attention, layer: int
+        self, x: Blocks, rope: RopeBlocks, tokens: ExpertOrder, attention: Attention, layer: int
     ) -> Blocks:
         """Blocks (n, d) -> blocks (n, d)."""
         normed = self.each("input_layernorm", x)
@@ -235,7 +241,8 @@ class Qwen2Model(Experts):
         self, x_Sd: Tensor, position_ids: Tensor, tokens: ExpertOrder, attention: Attention
     ) -> Tensor:
         """(S, d) input embeddings -> (S, d) after the final norms, both in sequence order."""
-        rope = rope_tables(position_ids, self.rope_theta, self.head_dim)
+        cos, sin = rope_tables(position_ids, self.rope_theta, self.head_dim)
+        rope = tokens.split(cos), tokens.split(sin)
         und, gen = tokens.split(x_Sd)
         x = und.detach() if self.freeze_und else und, gen
         for i, layer in enumerate(self.layers):
