@@ -7,8 +7,8 @@ of full length; each expert gathers its tokens by index lists and scatters its r
 zeros; key heads are copied; norms and rope are single operations in float32; every sample's dense
 mask is 3-D ("as it is": SDPA takes its unfused path) or 4-D ("flash mask"). Loss and gradients are
 compared first. Speeds are ratios to "as it is" in float32. The bf16 target counts only where a
-single linear is faster in bf16. Times and memory are taken as `benchmarks/measure.py` says. Exit code
-1: a target was missed.
+single linear is faster in bf16. Times and memory are taken as `benchmarks/measure.py` says.
+Exit code 1: a target was missed.
 """
 
 import argparse

@@ -67,11 +67,10 @@ class _Queries:
     """One split's queries, and which keys of its sample they may see."""
 
     sample: int
-    length: int
     num_keys: int
     """Keys of the sample up to the end of the split."""
     mask: Tensor | None
-    """(length, num_keys) bool; None where all are seen, or where `causal` says which."""
+    """(queries, num_keys) bool; None where all are seen, or where `causal` says which."""
     causal: bool
     constant: bool
     """No query of the split passes on a gradient."""
@@ -109,7 +108,7 @@ class PackedAttention:
                 causal = begin == 0 and modes[i] == "causal"
                 mask = None if causal or rows.all() else rows.to(device, non_blocking=True)
                 without_graph = bool(constant[ends[i] : ends[i + 1]].all())
-                self.queries.append(_Queries(sample, end - begin, end, mask, causal, without_graph))
+                self.queries.append(_Queries(sample, end, mask, causal, without_graph))
 
     @torch.compiler.disable
     def __call__(self, layer: int, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor) -> Tensor:

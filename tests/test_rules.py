@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "train": {"train", "data", "modeling"},
     "inference_pipeline": {"inference_pipeline", "data", "modeling"},
 }
-MAX_FOUNDATION_LINES, MAX_LIBRARY_LINES = 4500, 5500
+MAX_FOUNDATION_LINES, MAX_LIBRARY_LINES = 7000, 8000
 ADDED_FOR_LOSSES = (
     "modeling/bagel/ssim.py",
     "modeling/bagel/pixel_space.py",
