@@ -199,8 +199,12 @@ def build_validation(trainer: Trainer) -> Validation:
     tokenizer = Tokenizer(trainer.source)
     values = {f.name: getattr(args.data, f.name) for f in fields(LoaderConfig)}
     loader = LoaderConfig(**values | {"num_workers": 0})
-    dropout = {f"{kind}_cond_dropout_prob": 0.0 for kind in ("text", "vae", "vit")}
-    packer = replace(packer_config(args, model), **dropout)
+    packer = replace(
+        packer_config(args, model),
+        text_cond_dropout_prob=0.0,
+        vae_cond_dropout_prob=0.0,
+        vit_cond_dropout_prob=0.0,
+    )
     return Validation(
         model=model,
         packs=PackedLoader(mixture, loader, packer, tokenizer),

@@ -184,8 +184,6 @@ class Trainer:
 
     def best_steps(self, saved: Collection[int]) -> set[int]:
         """Of the saved steps the best by each of `best_metrics`."""
-        names = [
-            name.strip() for name in self.args.training.best_metrics.split(",") if name.strip()
-        ]
+        names = self.args.training.best_metrics.replace(",", " ").split()
         history = read_lines(self.run / "validation.jsonl") if names else []
         return set(best(history, names, saved).values())

@@ -177,8 +177,9 @@ class Bagel(nn.Module):
         """(S, d) hidden states of a packed batch after the final norms."""
         layout = batch.sample_lens, batch.split_lens, batch.attn_modes
         device, backend = batch.position_ids.device, self.config.attention_backend
-        attention = packed_attention(*layout, device, backend)
         gen = None if batch.vae is None else batch.vae.indexes
+        learned = gen if self.config.freeze_und else None
+        attention = packed_attention(*layout, device, backend, learned)
         return self.decode_tokens(self.embed(batch, flow), batch.position_ids, gen, attention)
 
     def completed(self, batch: PackedBatch) -> PackedBatch:
