@@ -69,8 +69,6 @@ class Backend:
     Weights are float32; with `bf16` the forward pass runs under autocast.
     """
 
-    lockstep = False
-    """Whether ranks share weights, so that all have to run every module together."""
     shards: dist.ProcessGroup | None = None
     """Ranks that hold one copy of the model together; None where each has a copy of its own."""
 
@@ -193,7 +191,7 @@ class FSDPBackend(Backend):
     sharded.
     """
 
-    lockstep, autocasts = True, False
+    autocasts = False
 
     def place(self, tensors: Tensors) -> None:
         model, args = self.model, self.args
@@ -235,7 +233,7 @@ class DeepSpeedBackend(Backend):
     the norm on the host.
     """
 
-    lockstep, autocasts = True, False
+    autocasts = False
 
     def build_optimizer(self) -> torch.optim.AdamW:
         # Only here: it is an extra, slow to import, and sets up its accelerator.

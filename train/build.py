@@ -216,7 +216,6 @@ def build_validation(trainer: Trainer) -> Validation:
         num_timesteps=training.val_num_timesteps,
         seed=training.global_seed,
         bf16=trainer.backend.autocasts,
-        lockstep=trainer.backend.lockstep,
     )
 
 

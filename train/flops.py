@@ -1,5 +1,7 @@
 """Model FLOPs of a batch and the peaks they are held against, for the utilisation (MFU)."""
 
+from itertools import accumulate
+
 import torch
 
 from modeling.bagel.config import BagelConfig
@@ -40,9 +42,10 @@ def peak_flops(device: torch.device, peak_tflops: float | None = None) -> float 
 def flops_per_batch(config: BagelConfig, batch: PackedBatch, freeze_vit: bool = False) -> float:
     """FLOPs of forward and backward that the model needs, however they are computed.
 
-    A token goes through one expert. Recomputed activations and the autoencoder do not count;
-    attention counts all pairs of a sample, masked or not. Parts without gradient (`freeze_und`,
-    `freeze_vit`) count forward only; otherwise frozen weights count as trained.
+    A token goes through one expert. Recomputed activations and the autoencoder do not count; a
+    query counts with every key of its sample up to the end of its split, masked or not. Parts
+    without gradient (`freeze_und`, `freeze_vit`) count forward only; otherwise frozen weights count
+    as trained.
     """
     llm, d, vae, vit = config.llm, config.llm.hidden_size, batch.vae, config.vit
     heads, width = llm.num_attention_heads, config.head_dim
@@ -51,7 +54,7 @@ def flops_per_batch(config: BagelConfig, batch: PackedBatch, freeze_vit: bool = 
     num_gen = len(vae.indexes) if vae is not None else 0
     of_und = FORWARD if config.freeze_und else TRAINED
     flops = per_token * (of_und * (batch.num_tokens - num_gen) + TRAINED * num_gen)
-    flops += TRAINED * llm.num_hidden_layers * _attention(batch.sample_lens, heads * width)
+    flops += TRAINED * llm.num_hidden_layers * 2 * heads * width * _pairs(batch)
     if batch.labels is not None:
         flops += TRAINED * len(batch.labels.ids) * d * llm.vocab_size
     if vae is not None:
@@ -62,7 +65,8 @@ def flops_per_batch(config: BagelConfig, batch: PackedBatch, freeze_vit: bool = 
         v, patches = vit.hidden_size, len(batch.vit.indexes)
         layer = 4 * v * v + 2 * v * vit.intermediate_size
         weights = vit.num_channels * vit.patch_size**2 * v + config.vit_layers * layer
-        flops += of_vit * (weights * patches + config.vit_layers * _attention(batch.vit.lens, v))
+        pairs = sum(n * n for n in batch.vit.lens)
+        flops += of_vit * (weights * patches + config.vit_layers * 2 * v * pairs)
         flops += of_und * patches * (v * d + d * d)
     return float(flops)
 
@@ -77,6 +81,11 @@ def batch_totals(config: BagelConfig, batch: PackedBatch, freeze_vit: bool) -> d
     }
 
 
-def _attention(lens: tuple[int, ...], width: int) -> int:
-    """Multiplications of scores and weighted values, over all pairs of tokens of each sample."""
-    return 2 * width * sum(n * n for n in lens)
+def _pairs(batch: PackedBatch) -> int:
+    """Queries times the keys up to the end of their split, over all samples."""
+    ends, pairs, start = set(accumulate(batch.sample_lens)), 0, 0
+    for length, end in zip(batch.split_lens, accumulate(batch.split_lens), strict=True):
+        pairs += length * (end - start)
+        if end in ends:
+            start = end
+    return pairs

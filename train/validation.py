@@ -122,9 +122,6 @@ class Validation:
     """Of every restoration's noise."""
     bf16: bool = False
     """Autocast, as in training."""
-    lockstep: bool = False
-    """Ranks share the weights of one model, so all of them run all modules and restore every
-    image."""
 
     def run(self, step: int, ema: Averages, sinks: Sequence[Sink] = ()) -> dict[str, float]:
         """`val/<term>` of the weights; `val/psnr/<task>`, `val/ssim/<task>` of the averages.
@@ -135,7 +132,8 @@ class Validation:
         with self._undisturbed():
             values = self._losses()
             with ema.swapped():
-                restored = self._restorations()
+                # Every rank restores all: they may share the weights of one model.
+                restored = [self._restore(pair) for pair in self.pairs]
         by_task: dict[str, list[_Restored]] = defaultdict(list)
         for pair, result in zip(self.pairs, restored, strict=True):
             by_task[pair.task].append(result)
@@ -184,7 +182,7 @@ class Validation:
         own: dict[int, dict[str, tuple[float, float]]] = {}
         for place, batch in self._own_packs:
             with self._autocast():
-                terms = self.model(batch.to(self.device), complete=self.lockstep)
+                terms = self.model(batch.to(self.device), complete=True)
             if place is not None:
                 own[place] = {name: (float(t.sum), t.count) for name, t in terms.items()}
         sums: dict[str, float] = defaultdict(float)
@@ -197,17 +195,6 @@ class Validation:
         losses = {name: total / counts[name] for name, total in sums.items() if counts[name] > 0}
         total = sum(self.weights[name] * loss for name, loss in losses.items())
         return {f"val/{name}": loss for name, loss in losses.items()} | {"val/loss_total": total}
-
-    def _restorations(self) -> list[_Restored]:
-        own = {
-            i: self._restore(pair)
-            for i, pair in enumerate(self.pairs)
-            if self.lockstep or i % world_size() == rank()
-        }
-        restored: dict[int, _Restored] = {}
-        for found in all_gather(own):
-            restored = found | restored
-        return [restored[i] for i in range(len(self.pairs))]
 
     def _restore(self, pair: Pair) -> _Restored:
         rule, special = pair.prompts.vae_rule, pair.prompts.tokenizer.special

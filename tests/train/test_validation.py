@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from data.config import load_mixture
 from data.images import to_uint8
@@ -24,7 +23,9 @@ from modeling.bagel.bagel import Bagel
 from modeling.bagel.generation import Context, SamplingConfig, decode_image, sample_latents
 from tests.helpers import run_arguments, write_mixture, write_pairs
 from tests.ranks import run_on_ranks
+from train.backends import MOMENTS
 from train.build import build_loader, build_trainer
+from train.checkpoint import step_folders
 from train.metrics import Metrics
 from train.sinks import Sink
 from train.trainer import Trainer
@@ -85,14 +86,16 @@ def validation_of(trainer: Trainer, mixture: Path, count: int = 4, **changes: An
         trainer.args,
         data=dataclasses.replace(trainer.args.data, data_seed=5, dataset_config_file=str(mixture)),
     )
-    tokenizer = Tokenizer(trainer.args.model.model_path)
+    tokenizer = Tokenizer(trainer.source)
+    packs = build_loader(args, trainer.model, trainer.source)
+    packs.rank, packs.world_size = 0, 1
     values: dict[str, Any] = {
         "model": trainer.model,
-        "packs": build_loader(args, trainer.model),
+        "packs": packs,
         "pairs": first_pairs(load_mixture(mixture), tokenizer, count),
         "weights": trainer.weights,
         "run_folder": trainer.run,
-        "device": trainer.device,
+        "device": trainer.backend.device,
         "steps": 3,
         "num_timesteps": TIMES,
         "seed": SEED,
@@ -145,11 +148,11 @@ def restored_by_hand(model: Bagel, task: Any, degraded: Image.Image, record: Any
 @pytest.mark.parametrize("bf16", [False, True])
 def test_restorations_are_those_of_the_averages(checkpoint, tasks, tmp_path, bf16):
     trainer, recorder = trainer_of(checkpoint, tasks, tmp_path), Recorder()
-    validation = validation_of(trainer, tasks, bf16=bf16, sinks=[recorder])
+    validation = validation_of(trainer, tasks, bf16=bf16)
     averaged = copy.deepcopy(trainer.model)
     for parameter in averaged.language_model.parameters():
         parameter.data.mul_(0.7)
-    values = validation.run(7, Averages(trainer.model))
+    values = validation.run(7, Averages(trainer.model), [recorder])
     found: dict[str, list[tuple[float, ...]]] = {}
     rows: dict[str, list[list[np.ndarray]]] = {}
     for pair in validation.pairs:
@@ -188,12 +191,11 @@ def test_restorations_are_those_of_the_averages(checkpoint, tasks, tmp_path, bf1
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
-    moments = {
-        f"{i}/{name}": value
-        for i, state in trainer.optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-    }
-    return trainer.model.state_dict() | trainer.ema.averages | moments
+    """Weights, averages and moments."""
+    backend = trainer.backend
+    moments = {f"{n}/{k}": backend.moment(n, k) for n in backend.weights for k in MOMENTS}
+    averages = {f"average {i}": average for i, average in enumerate(trainer.ema.averages)}
+    return trainer.model.state_dict() | averages | moments
 
 
 def test_training_after_a_validation_is_the_same_to_the_bit(checkpoint, mixture, tmp_path):
@@ -209,7 +211,7 @@ def test_training_after_a_validation_is_the_same_to_the_bit(checkpoint, mixture,
             for step in range(3):
                 trainer.train_step(batches, metrics)
                 if validates:
-                    validation.run(step + 1, Averages(trainer.model))
+                    validation.run(step + 1, trainer.ema)
         assert [module.training for module in trainer.model.modules()] == modes
         states.append(state_of(trainer) | {"random": torch.get_rng_state()})
     assert states[0].keys() == states[1].keys()
@@ -236,36 +238,24 @@ def on_rank(rank: int, checkpoint: Path, tasks: Path, folder: Path) -> dict[str,
         metrics.add("mse", torch.tensor(float(rank)), 1.0)
         metrics.add_totals({"tokens": 10 + rank, "model_flops": 5.0, f"samples/{rank}": 4})
         line = metrics.log(2)
-    found = {"line": line}
-    for lockstep in (False, True):
-        recorder = Recorder()
-        validation = validation_of(trainer, tasks, lockstep=lockstep, sinks=[recorder])
-        found[f"lockstep={lockstep}"] = validation.run(3, Averages(trainer.model))
-        found[f"images={lockstep}"] = len(recorder.images)
-    found["forwards"] = len(calls)
-    for layer in trainer.model.language_model.model.layers:
-        fully_shard(layer)
-    fully_shard(trainer.model)
-    register_fsdp_forward_method(trainer.model, "call")
-    validation = validation_of(trainer, tasks, count=1, lockstep=True)
-    return found | {"sharded": validation.run(3, Averages(trainer.model))}
+    recorder = Recorder()
+    found = {"line": line, "values": validation_of(trainer, tasks).run(3, trainer.ema, [recorder])}
+    return found | {"images": len(recorder.images), "forwards": len(calls)}
 
 
 def test_ranks_change_no_number(checkpoint, tasks, tmp_path):
     """Three packs and four images on two ranks; rank 1 writes nothing."""
     trainer, threads = trainer_of(checkpoint, tasks, tmp_path / "one"), torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks have; others round otherwise
-    expected = validation_of(trainer, tasks).run(3, Averages(trainer.model))
-    of_one = validation_of(trainer, tasks, count=1).run(3, Averages(trainer.model))
+    expected = validation_of(trainer, tasks).run(3, trainer.ema)
     torch.set_num_threads(threads)
     first, second = run_on_ranks(2, on_rank, tmp_path / "two", checkpoint, tasks, tmp_path / "two")
     for found in (first, second):
-        assert found["lockstep=False"] == expected == found["lockstep=True"]
-        assert found["sharded"] == pytest.approx(of_one, rel=1e-5)
-        assert found["forwards"] == 4  # twice two, also on the rank that has one pack
-    assert [first["images=False"], second["images=False"]] == [3, 0]
+        assert found["values"] == pytest.approx(expected, rel=1e-5)
+        assert found["forwards"] == 2  # also on the rank that has one pack
+    assert [first["images"], second["images"]] == [3, 0]
     (line,) = (tmp_path / "two" / "validation.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"step": 3} | first["sharded"]
+    assert json.loads(line) == {"step": 3} | first["values"]
     (line,) = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
     line = json.loads(line)
     assert line == {"step": 2} | first["line"]
@@ -292,3 +282,23 @@ def test_the_best_step_of_each_metric():
     assert best([], names) == {}
     with pytest.raises(ValueError, match="best_metrics.*'val/psnr/all'.*mean 'val/psnr/mean'"):
         best(history, ["val/psnr/all"])
+
+
+def test_a_run_validates_and_keeps_its_best_steps(checkpoint, mixture, tmp_path):
+    settings = {
+        "val_dataset_config_file": mixture,
+        "val_every": 1,
+        "val_steps": 1,
+        "val_images": 2,
+        "save_every": 1,
+        "max_checkpoints": 1,
+        "best_metrics": "val/mse, val/psnr/mean",
+    }
+    trainer = trainer_of(checkpoint, mixture, tmp_path / "run", **settings)
+    trainer.fit()
+    history = [json.loads(x) for x in (trainer.run / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in history] == [1, 2, 3, 4]
+    kept = {min(history, key=lambda line: line["val/mse"])["step"], 4}
+    kept.add(max(history, key=lambda line: line["val/psnr/mean"])["step"])
+    assert {int(folder.name) for folder in step_folders(trainer.run)} == kept
+    assert len(list((trainer.run / "validation").glob("0000001_*.png"))) == 1
