@@ -144,9 +144,6 @@ class TrainingArguments:
     """Write checkpoints while training goes on."""
     max_save_failures: int = 3
     """Failed saves in a row after which the run ends."""
-    save_dtype: str | None = None
-    """Floating-point type of the weights that are saved for inference: `float32` (the same as
-    None) or `bfloat16`."""
     total_steps: int = 500_000
     """Optimizer steps of the whole run."""
     gradient_accumulation_steps: int = 1
