@@ -12,6 +12,8 @@ DEMO = [
 ]
 TENSORBOARD = ["tensorboard==2.21.0"]
 WANDB = ["wandb==0.31.0"]
+DEEPSPEED = ["deepspeed==0.19.8"]
+LORA = ["accelerate==1.15.0", "peft==0.21.2"]
 
 setup(
     name="bagel-restore",
@@ -25,7 +27,6 @@ setup(
     install_requires=[
         "torch==2.13.0",
         "transformers==5.23.0",
-        "huggingface_hub==2.4.0",
         "safetensors==0.8.0",
         "numpy==2.4.6",
         "pillow==13.0.0",
@@ -39,12 +40,15 @@ setup(
             *DEMO,
             *TENSORBOARD,
             *WANDB,
+            *DEEPSPEED,
+            *LORA,
             "mypy==2.4.1",
             "pytest==9.2.0",
             "ruff==0.17.6",
             "types-PyYAML==6.0.12.20261113",
         ],
-        "deepspeed": ["accelerate==1.15.0", "deepspeed==0.19.8"],
+        "deepspeed": DEEPSPEED,
+        "lora": LORA,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
     },
