@@ -42,7 +42,7 @@ class _Dataset:
     """Samples of one data set, its records in an order that changes every epoch."""
 
     def __init__(self, config: DatasetConfig, task: RestorationTask, seed: int) -> None:
-        self.folder, self.task, self.seed = config.data_dir, task, seed
+        self.name, self.folder, self.task, self.seed = config.name, config.data_dir, task, seed
         self.records = read_records(config.jsonl_path)[: config.num_used_data or None]
         self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
 

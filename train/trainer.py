@@ -17,6 +17,7 @@ from .backends import Backend
 from .checkpoint import Saver
 from .distributed import HangWatch, StopRequest, rank, sum_over_ranks, world_size
 from .ema import EMA
+from .freezing import FreezingCheck
 from .guard import Guard
 from .metrics import Metrics
 from .optim import lr_at
@@ -59,6 +60,7 @@ class Trainer:
         """Raises Stopped after a signal, NonFiniteError and SaveError when going on is useless."""
         args = self.args.training
         batches, retry = iter(self.loader), 0
+        freezing = FreezingCheck(self.backend) if args.validate_freezing else None
         with (
             StopRequest() as stop,
             HangWatch(args.hang_timeout) as watch,
@@ -67,6 +69,8 @@ class Trainer:
             while self.step < args.total_steps:
                 self.train_step(batches, metrics)
                 self.step += 1
+                if freezing is not None:
+                    freezing.after_step()
                 watch.alive()
                 last = self.step == args.total_steps
                 events = [stop.received is not None, self.saver.error is not None]
