@@ -148,7 +148,11 @@ def start(args: RunArguments, folder: Path | None) -> tuple[Path, Weights]:
 
 
 def open_model(
-    args: RunArguments, source: Path, weights: Weights, check: Check = verify
+    args: RunArguments,
+    source: Path,
+    weights: Weights,
+    check: Check = verify,
+    headers_only: bool = False,
 ) -> tuple[Bagel, dict[str, Tensor], LoadReport | str]:
     """The model on the meta device, and the tensors that fill it; random only when asked for."""
     # Every setting of the model has an argument of its name; None keeps the checkpoint's value.
@@ -159,10 +163,12 @@ def open_model(
         model = load_architecture(source, overrides)
         model.init_weights(args.training.copy_init_moe)
         report = f"RANDOM weights in the sizes of {source} (init_from_scratch)"
-        return model.to("meta"), model.state_dict(), report
+        tensors = model.state_dict()
+        return model.to("meta"), tensors, report
     if (source / MANIFEST).exists():
         check(source)
-    return open_pretrained(source, weights, overrides=overrides, verify=False)
+    options = {"verify": False, "headers_only": headers_only}
+    return open_pretrained(source, weights, overrides=overrides, **options)
 
 
 def adapted(model: Bagel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

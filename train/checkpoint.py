@@ -101,9 +101,11 @@ def changed_arguments(folder: Path, args: "RunArguments") -> list[str]:
     ]
 
 
-def saved_moments(folder: Path, trained: Iterable[str]) -> dict[str, Tensor]:
+def saved_moments(
+    folder: Path, trained: Iterable[str], headers_only: bool = False
+) -> dict[str, Tensor]:
     """The optimizer's moments. Raises ValueError when they are not those of the trained weights."""
-    moments = read_tensors(weight_files(folder, "optimizer"))
+    moments = read_tensors(weight_files(folder, "optimizer"), "", headers_only)
     if changed := sorted({key.rsplit("/", 1)[0] for key in moments} ^ set(trained)):
         raise ValueError(
             f"{folder}: the optimizer state is not that of the trained weights: "

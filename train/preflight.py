@@ -127,7 +127,7 @@ def find_model(found: Findings) -> None:
     source, weights = start(args, found.folder)
     # Random weights would take the memory of the whole model.
     with torch.device("meta") if args.training.init_from_scratch else nullcontext():
-        model, _, found.report = open_model(args, source, weights, check)
+        model, _, found.report = open_model(args, source, weights, check, True)
     found.weights = configure(model, args)
     found.source, found.model = source, model
 
@@ -140,7 +140,7 @@ def find_packs(found: Findings) -> None:
         found.attempt(found.loader.load_state_dict, state["loader"])
         if found.args.training.resume_model_optimizer:
             trained = [n for n, p in found.model.named_parameters() if p.requires_grad]
-            found.attempt(saved_moments, found.folder, trained)
+            found.attempt(saved_moments, found.folder, trained, True)
     found.packs = [found.loader.next_batch() for _ in range(PACKS)]
 
 
