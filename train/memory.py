@@ -1,7 +1,8 @@
 """Bytes on one GPU, from a model on the meta device. What a run keeps is exact; what a step needs
 is an estimate.
 
-Not counted: the encoder's pass without gradients, DeepSpeed's buckets, the libraries' own memory.
+Not counted: the encoder's pass without gradients, gradients and work space inside a layer,
+DeepSpeed's buckets, and what the libraries take for themselves.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,7 @@ OFFLOADED = ("weights", "gradients", "moments", "EMA")
 """What `cpu_offload` keeps in host memory."""
 FP32, BF16 = 4, 2
 MAPS = 8
+"""Of the decoder, for a residual block: six, and two for what lies between blocks."""
 
 
 def static_memory(model: Bagel, args: TrainingArguments, kind: str, shard: int) -> dict[str, int]:
@@ -63,41 +65,35 @@ def step_memory(
     gathered weights: of FSDP and ZeRO 3 the two largest blocks (one in use, one on its way), with
     SHARD_GRAD_OP all, with what FSDP never frees, and a block's gradient before and after it
     becomes float32; without sharding the copies of autocast.
-    activations: `_decoder_layer` bytes a token and layer, of the ViT `_vit_layer`; when recomputed,
-    a layer's input instead, and one layer in full. `freeze_und` stores generation tokens only.
+    activations: `_decoder_layer` bytes a token and layer; of a trained ViT nine of its hidden sizes
+    and two of its MLP's; when recomputed, a layer's input instead, and one layer in full.
+    `freeze_und` stores those of generation tokens only.
     logits: a chunk's scores in the dtype of the weights, in float32, and their gradient.
     pixel-space decoder: see `_decoded`, for the largest target image.
     """
-    config, width = model.config, _width(args)
-    und_free = config.freeze_und and batch.vae is not None
-    tokens = len(batch.vae.indexes) if und_free and batch.vae else batch.num_tokens
-    stored = {
-        "activations": _layers(
-            tokens * _decoder_layer(model, width),
-            tokens * config.llm.hidden_size * width,
-            config.llm.num_hidden_layers,
-            args.activation_checkpointing,
-        )
-    }
-    if config.vit is not None and batch.vit is not None and not (args.freeze_vit or und_free):
-        patches, side, inner = len(batch.vit.patches), config.vit.hidden_size, 0
-        inner = patches * width * (9 * side + 2 * config.vit.intermediate_size)
-        stored["activations"] += _layers(
-            inner, patches * side * width, config.vit_layers, args.activation_checkpointing
-        )
+    config, llm, vae, width = model.config, model.config.llm, batch.vae, _width(args)
+    again = args.activation_checkpointing
+    tokens = len(vae.indexes) if config.freeze_und and vae is not None else batch.num_tokens
+    inner, between = tokens * _decoder_layer(model, width), tokens * llm.hidden_size * width
+    stored = _layers(inner, between, llm.num_hidden_layers, again)
+    if (
+        config.vit is not None
+        and batch.vit is not None
+        and not (args.freeze_vit or args.freeze_und)
+    ):
+        hidden = width * len(batch.vit.patches) * config.vit.hidden_size
+        wide = width * len(batch.vit.patches) * config.vit.intermediate_size
+        stored += _layers(9 * hidden + 2 * wide, hidden, config.vit_layers, again)
+    needed = {"gathered weights": _gathered(model, args, kind), "activations": stored}
     if batch.labels is not None and args.ce_weight > 0:
         answers = min(len(batch.labels.ids), CE_CHUNK_TOKENS)
-        stored["logits"] = answers * config.llm.vocab_size * (width + 2 * FP32)
-    if model.losses.needs_image and batch.vae is not None and config.vae is not None:
-        sizes = [
-            image.shape[-2] * image.shape[-1]
-            for image, target in zip(batch.vae.images, batch.vae.is_target, strict=True)
-            if target
-        ]
-        stored["pixel-space decoder"] = max(
-            (_decoded(config.vae, args, pixels, len(sizes)) for pixels in sizes), default=0
-        )
-    return {"gathered weights": _gathered(model, args, kind)} | stored
+        needed["logits"] = answers * llm.vocab_size * (width + 2 * FP32)
+    if model.losses.needs_image and vae is not None and config.vae is not None:
+        images = zip(vae.images, vae.is_target, strict=True)
+        sizes = [image.shape[-2] * image.shape[-1] for image, target in images if target]
+        decoded = [_decoded(config.vae, args, size, len(sizes)) for size in sizes]
+        needed["pixel-space decoder"] = max(decoded, default=0)
+    return needed
 
 
 def _width(args: TrainingArguments) -> int:
@@ -149,9 +145,8 @@ def _decoder_layer(model: Bagel, width: int) -> int:
 
 
 def _decoded(config: AutoencoderConfig, args: TrainingArguments, pixels: int, most: int) -> int:
-    """Bytes of decoding up to `most` images of one size with gradients: eight maps a residual block
-    (two for what lies between blocks), each as wide as its level; of recomputed levels one map a
-    block, and the eight of one block."""
+    """Bytes of decoding up to `most` images of one size with gradients: MAPS a residual block, as
+    wide as its level; of recomputed levels one a block, and MAPS of one block."""
     images = args.pixel_loss_chunk_size
     if args.pixel_loss_adaptive_chunk:
         images = next(n for least, n in ADAPTIVE_CHUNKS if pixels >= least)

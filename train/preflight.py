@@ -180,6 +180,8 @@ def of_parameters(found: Findings) -> Iterator[str]:
         numbers[fate] += parameter.numel()
     yield f"{numbers.total():,} in all"
     yield from (f"{number:,} {fate}" for fate, number in numbers.items())
+    if args.print_param_details:
+        yield from parameter_lines(found.model, found.args)
 
 
 def of_losses(found: Findings) -> Iterator[str]:
@@ -209,14 +211,10 @@ def of_packs(found: Findings) -> Iterator[str]:
     longest = max(max(p.sample_lens) for p in packs)
     yield f"{answers} answer tokens in {sum(samples)} samples, the longest of {longest} tokens"
     yield f"{found.loader.too_long} samples dropped: longer than max_num_tokens_per_sample"
-    images = [
-        (time, target)
-        for vae in (p.vae for p in packs if p.vae is not None)
-        for time, target in zip(
-            vae.times(found.model.config.timestep_shift), vae.is_target, strict=True
-        )
-    ]
-    times = [time for time, target in images if target]
+    shift = found.model.config.timestep_shift
+    images = [vae for vae in (p.vae for p in packs) if vae is not None]
+    drawn = [zip(vae.times(shift), vae.is_target, strict=True) for vae in images]
+    times = [time for pairs in drawn for time, target in pairs if target]
     gates = {f"with t < {term.max_t:g} ({term.name})": term.max_t for term in losses.pixel_terms}
     seen = [f"{sum(time < gate for time in times)} {name}" for name, gate in gates.items()]
     yield ", ".join([f"{len(times)} target images", *seen])
@@ -243,11 +241,6 @@ def of_memory(found: Findings) -> Iterator[str]:
         yield f"{_size(size)} {name}{estimate}{' in host memory' if name in away else ''}"
 
 
-def of_details(found: Findings) -> Iterator[str]:
-    if found.args.training.print_param_details:
-        yield from parameter_lines(found.model, found.args)
-
-
 Section = tuple[Callable[[Findings], Iterator[str]], *tuple[str, ...]]
 SECTIONS: dict[str, Section] = {
     "run folder": (of_run_folder,),
@@ -259,7 +252,6 @@ SECTIONS: dict[str, Section] = {
     f"{PACKS} packs": (of_packs, "packs"),
     "a step": (of_a_step, "packs", "mesh"),
     "memory": (of_memory, "packs", "mesh"),
-    "details": (of_details, "model"),
     "WARNING": (lambda found: iter(found.args.warnings),),
     "WRONG": (lambda found: iter("\n".join(found.problems).splitlines()),),
 }
