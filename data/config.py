@@ -49,6 +49,8 @@ def load_mixture(path: str | Path, data_root: str | Path | None = None) -> tuple
     Raises ValueError that names the file, the key and the nearest known key.
     """
     path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"dataset_config_file={path}: there is no such file")
     content = _checked(str(path), read_yaml(path))
     if not content:
         raise ValueError(f"{path}: a mapping of tasks is expected")

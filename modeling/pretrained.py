@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Qwen2Config, SiglipVisionConfig
@@ -132,20 +132,30 @@ def weight_files(folder: Path, weights: str) -> list[Path]:
     return sorted(folder / name for name in names)
 
 
-def read_tensors(files: Iterable[Path], prefix: str = "") -> dict[str, Tensor]:
+def read_tensors(
+    files: Iterable[Path], prefix: str = "", headers_only: bool = False
+) -> dict[str, Tensor]:
     """Tensors of all files in the files' dtypes, `prefix` before every name.
 
-    The files are mapped: nothing is read before it is used. Raises CheckpointError that names the
-    file which is missing or damaged.
+    The files are mapped: nothing is read before it is used. With `headers_only` the tensors are
+    float32 on the meta device: mapping a file may be refused where memory is small. Raises
+    CheckpointError that names the file which is missing or damaged.
     """
+    read = _read_header if headers_only else load_file
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
-            tensors |= {prefix + name: tensor for name, tensor in load_file(file).items()}
+            tensors |= {prefix + name: tensor for name, tensor in read(file).items()}
         except (OSError, SafetensorError) as error:
             hint = "is the folder of --model_path or --resume_from whole?"
             raise DamagedError(f"{file}: unreadable ({hint}): {error}") from error
     return tensors
+
+
+def _read_header(file: Path) -> dict[str, Tensor]:
+    with safe_open(file, framework="numpy") as opened:
+        shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
@@ -254,12 +264,13 @@ def open_pretrained(
     overrides: Mapping[str, Any] | None = None,
     verify: bool = True,
     autoencoder: bool = True,
+    headers_only: bool = False,
 ) -> tuple[Bagel, dict[str, Tensor], LoadReport]:
     """The model on the meta device and the tensors that fill it, mapped: not read before use.
 
     `verify` checks the sha256 of a folder that has a manifest. Without `autoencoder` it is neither
-    built nor loaded. Raises CheckpointError for a missing, unexpected or misshapen tensor, a
-    missing file or a wrong hash.
+    built nor loaded. `headers_only`: see `read_tensors`. Raises CheckpointError for a missing,
+    unexpected or misshapen tensor, a missing file or a wrong hash.
     """
     folder = Path(folder)
     files = weight_files(folder, weights)
@@ -268,7 +279,8 @@ def open_pretrained(
     if verify and (folder / MANIFEST).exists():
         read = [*files, *vae_files, *folder.glob("*_config.json")]
         verify_manifest(folder, [f.name for f in read])
-    tensors = read_tensors(files) | read_tensors(vae_files, VAE_PREFIX)
+    tensors = read_tensors(files, "", headers_only)
+    tensors |= read_tensors(vae_files, VAE_PREFIX, headers_only)
     config = read_config(folder, _shapes(tensors), overrides)
     with torch.device("meta"):
         model = Bagel(config, autoencoder=autoencoder)
@@ -302,9 +314,10 @@ def load_architecture(folder: str | Path, overrides: Mapping[str, Any] | None = 
 
     The sizes come from the folder's JSON files alone: there need not be any weights of the model.
     """
-    vae = read_tensors([Path(folder) / VAE_FILE], VAE_PREFIX)
-    model = Bagel(read_config(Path(folder), _shapes(vae), overrides))
-    model.load_state_dict(model.state_dict() | vae, strict=True)
+    vae = read_tensors([Path(folder) / VAE_FILE])
+    shapes = {VAE_PREFIX + name: shape for name, shape in _shapes(vae).items()}
+    model = Bagel(read_config(Path(folder), shapes, overrides))
+    model.vae.load_state_dict(vae, strict=True, assign=True)
     return model
 
 
@@ -402,8 +415,9 @@ def file_plan(stem: str, sizes: Mapping[str, int]) -> dict[str, list[str]]:
 
 def save_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> None:
     """Writes tensors as `file_plan` says, with an index if they are in several files."""
-    for old in folder.glob(f"{stem}*.safetensors*"):
-        old.unlink()
+    for old in folder.iterdir():
+        if re.fullmatch(rf"{stem}(-\d+-of-\d+)?\.safetensors(\.index\.json)?", old.name):
+            old.unlink()
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     plan = file_plan(stem, sizes)
     for file, names in plan.items():

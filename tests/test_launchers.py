@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from tests.launchers import (
     PAGE,
     ROOT,
     TABLE,
+    TRAINER,
     dry_run,
     launch,
     option,
@@ -27,6 +29,7 @@ from tests.launchers import (
     resolved,
     table,
 )
+from train.main_sr_pixel_loss import main
 
 BASE, UNIF, EYE = "models/UniMedVL", "trainonly", "trainonly_eyeQ"
 STAGE1 = "stage1_medq_unif_multinode"
@@ -264,6 +267,41 @@ def test_a_launcher_trains_and_its_folder_is_its_own(tmp_path):
     assert (other.returncode, other.stdout) == (2, "")
     told = f"{tmp_path}/run is the run folder of configs/tiny/demo.yaml, not of configs/experiments"
     assert told in other.stderr
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda p: p.stem)
+def test_what_launchers_start_passes_the_dry_run(launcher, tmp_path, capsys, monkeypatch):
+    """Their arguments with the tiny model in place of the large one, as 2 nodes of 4 processes."""
+    monkeypatch.chdir(ROOT)
+    write_pairs(tmp_path / "pairs", 4)
+    sizes = {"image_stride": 8, "max_image_size": 24, "min_image_size": 16}
+    mixture = write_mixture(tmp_path / "m.yaml", tmp_path / "pairs", image_transform_args=sizes)
+    tiny = {
+        "MODEL_PATH": "configs/tiny/checkpoint",
+        "START_FROM": "configs/tiny/checkpoint",
+        "DATASET_CONFIG": str(mixture),
+        "CHECKPOINT_DIR": str(tmp_path / "run"),
+        "DEVICE": "cpu",
+        "NODE_COUNT": "2",
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "node0",
+    }
+    if not own_experiment(launcher):
+        tiny["CONFIG"] = "configs/experiments/sft.yaml"
+    small = {"max_latent_size": 16, "expected_num_tokens": 100, "max_num_tokens": 300}
+    small |= {"max_num_tokens_per_sample": 200, "dry_run": True, "resume_model_only": True}
+    extra = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    command = dry_run(launcher.stem, "EXP", "4", **tiny)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(SystemExit) as ended:
+        main(command[command.index(TRAINER) + 1 :] + extra)
+    page = capsys.readouterr().out
+    assert ended.value.code == 0, page
+    t = resolved(command).training
+    kind, mesh = ("deepspeed", (1, 8)) if t.backend == "deepspeed" else ("fsdp", (2, 4))
+    assert re.search(rf"{kind}.*: {mesh[0]} \(replicate\) x {mesh[1]} \(shard\) = 8", page)
+    assert "loaded EMA weights from configs/tiny/checkpoint" in page
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -46,13 +46,17 @@ def make_backend(
     model: Bagel, tensors: Tensors, args: TrainingArguments, device: torch.device
 ) -> "Backend":
     """Brings a model on the meta device to its device(s) and gives it its weights."""
-    name = args.backend
-    if name == "auto":
-        name = "single" if world_size() == 1 else "fsdp"
-    if name == "single" and world_size() > 1:
-        raise ValueError(f"backend=single, but the launcher started {world_size()} processes")
     kinds = {"single": Backend, "fsdp": FSDPBackend, "deepspeed": DeepSpeedBackend}
-    return kinds[name](model, tensors, args, device)
+    return kinds[backend_name(args, world_size())](model, tensors, args, device)
+
+
+def backend_name(args: TrainingArguments, ranks: int) -> str:
+    """`single`, `fsdp` or `deepspeed`. Raises ValueError for a single process that is several."""
+    if args.backend == "single" and ranks > 1:
+        raise ValueError(f"backend=single, but the launcher started {ranks} processes")
+    if args.backend == "auto":
+        return "single" if ranks == 1 else "fsdp"
+    return args.backend
 
 
 def blocks(model: Bagel) -> Iterator[nn.Module]:
@@ -364,7 +368,13 @@ def _no_moments(master: Tensor, steps: float) -> dict[str, Tensor]:
 
 def make_mesh(device_type: str, args: TrainingArguments) -> DeviceMesh:
     """Ranks as (replicate, shard). Raises ValueError when they do not make a whole mesh."""
-    ranks, strategy = world_size(), args.sharding_strategy
+    shape = mesh_shape(args, world_size())
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def mesh_shape(args: TrainingArguments, ranks: int) -> tuple[int, int]:
+    """(replicate, shard). Raises ValueError when the ranks do not make a whole mesh."""
+    strategy = args.sharding_strategy
     if strategy == "NO_SHARD":
         replicate, shard = ranks, 1
     elif strategy == "HYBRID_SHARD":
@@ -376,7 +386,7 @@ def make_mesh(device_type: str, args: TrainingArguments) -> DeviceMesh:
         raise ValueError(
             f"num_replicate={replicate} x num_shard={shard} is not the number of processes, {ranks}"
         )
-    return init_device_mesh(device_type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+    return replicate, shard
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Arguments -> objects, in one visible order."""
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -29,11 +30,15 @@ from .backends import make_backend
 from .checkpoint import load_state, newest_good, step_folders, verify
 from .distributed import all_reduce, local_device, rank, world_size
 from .ema import EMA
+from .freezing import parameter_lines
 from .guard import Guard
 from .optim import apply_freeze_plan
 from .telemetry import Telemetry
 from .trainer import Trainer
 from .validation import Validation, first_pairs
+
+Check = Callable[..., None]
+"""As `checkpoint.verify`."""
 
 
 def build_trainer(args: RunArguments) -> Trainer:
@@ -48,20 +53,11 @@ def build_trainer(args: RunArguments) -> Trainer:
     model, tensors, report = open_model(args, source, weights)
     if rank() == 0:
         print(report, flush=True)
+    weights_of_terms = configure(model, args)
     if args.model.lora_rank > 0:
-        add_adapters(model, args.model)
         tensors = adapted(model, tensors) | initial_adapters(model, training.global_seed)
-    apply_freeze_plan(model, training, lora=args.model.lora_rank > 0)
-    terms = build_terms(training)
-    model.losses = LossSet(
-        tuple(term for term, _ in terms),
-        chunk_size=training.pixel_loss_chunk_size,
-        adaptive_chunk=training.pixel_loss_adaptive_chunk,
-        balance=training.pixel_space_balance,
-        all_reduce=all_reduce,
-    )
-    if model.losses.needs_image:
-        model.vae.decoder.checkpoint_pixels = training.vae_checkpoint_pixels
+    if training.print_param_details and rank() == 0:
+        print("\n".join(parameter_lines(model, args)), flush=True)
     backend = make_backend(model, tensors, training, device)
     trainer = Trainer(
         args=args,
@@ -69,7 +65,7 @@ def build_trainer(args: RunArguments) -> Trainer:
         backend=backend,
         loader=build_loader(args, model, source),
         ema=EMA(backend.masters, training.ema, backend.refresh),
-        weights={term.name: weight for term, weight in terms},
+        weights=weights_of_terms,
         telemetry=Telemetry(
             [term.name for term in model.losses.pixel_terms],
             training.pixel_space_unseen_steps,
@@ -88,8 +84,32 @@ def build_trainer(args: RunArguments) -> Trainer:
     return trainer
 
 
-def resume_folder(args: TrainingArguments) -> Path | None:
-    """The step folder whose state the run continues, its hashes checked.
+def configure(model: Bagel, args: RunArguments) -> dict[str, float]:
+    """Gives a model on the meta device its adapters, freeze plan and losses.
+
+    Returns the weight of every loss term. Raises ValueError when nothing is left to train.
+    """
+    training, lora = args.training, args.model.lora_rank > 0
+    if model.config.vae is None:
+        raise ValueError(f"--model_path={args.model.model_path}: {VAE_FILE} is needed to train")
+    if lora:
+        add_adapters(model, args.model)
+    apply_freeze_plan(model, training, lora)
+    terms = build_terms(training)
+    model.losses = LossSet(
+        tuple(term for term, _ in terms),
+        chunk_size=training.pixel_loss_chunk_size,
+        adaptive_chunk=training.pixel_loss_adaptive_chunk,
+        balance=training.pixel_space_balance,
+        all_reduce=all_reduce,
+    )
+    if model.losses.needs_image:
+        model.vae.decoder.checkpoint_pixels = training.vae_checkpoint_pixels
+    return {term.name: weight for term, weight in terms}
+
+
+def resume_folder(args: TrainingArguments, check: Check = verify) -> Path | None:
+    """The step folder whose state the run continues, its hashes checked by `check`.
 
     With `auto_resume` that is the newest good one of the run; else `resume_from`, unless that gives
     weights only. Raises ValueError when the two contradict each other, or the run would write into
@@ -109,10 +129,10 @@ def resume_folder(args: TrainingArguments) -> Path | None:
                 f"resume_from={args.resume_from} and auto_resume with the newer {folders[-1]} "
                 "contradict each other: drop resume_from, or move the newer step folders away"
             )
-        return newest_good(run)
+        return newest_good(run, check)
     if args.resume_from is None or args.resume_model_only:
         return None
-    verify(folder := Path(args.resume_from))
+    check(folder := Path(args.resume_from))
     return folder
 
 
@@ -132,7 +152,11 @@ def start(args: RunArguments, folder: Path | None) -> tuple[Path, Weights]:
 
 
 def open_model(
-    args: RunArguments, source: Path, weights: Weights
+    args: RunArguments,
+    source: Path,
+    weights: Weights,
+    check: Check = verify,
+    headers_only: bool = False,
 ) -> tuple[Bagel, dict[str, Tensor], LoadReport | str]:
     """The model on the meta device, and the tensors that fill it; random only when asked for."""
     # Every setting of the model has an argument of its name; None keeps the checkpoint's value.
@@ -147,8 +171,10 @@ def open_model(
         return model.to("meta"), tensors, report
     files = weight_files(source, weights)
     if (source / MANIFEST).exists():
-        verify(source, [p.name for p in (*files, source / VAE_FILE, *source.glob("*_config.json"))])
-    return open_pretrained(source, weights, overrides=overrides, verify=False)
+        check(source, [p.name for p in (*files, source / VAE_FILE, *source.glob("*_config.json"))])
+    return open_pretrained(
+        source, weights, overrides=overrides, verify=False, headers_only=headers_only
+    )
 
 
 def adapted(model: Bagel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import count
@@ -43,6 +43,7 @@ from .backends import MOMENTS
 from .distributed import all_gather, first_error, rank, sum_over_ranks, world_size
 
 if TYPE_CHECKING:
+    from .arguments import RunArguments
     from .trainer import Trainer
 
 STEP_FOLDER = re.compile(r"\d{7}|[1-9]\d{7,}")
@@ -72,15 +73,15 @@ def verify(folder: Path, names: Collection[str] = ()) -> None:
     first_error(error)
 
 
-def newest_good(run: Path) -> Path | None:
-    """The newest step folder whose hashes are right; says which newer ones are damaged.
+def newest_good(run: Path, check: Callable[..., None] = verify) -> Path | None:
+    """The newest step folder that passes the check; says which newer ones are damaged.
 
     Raises DamagedError when there are step folders and all are damaged.
     """
     damaged: DamagedError | None = None
     for folder in reversed(step_folders(run)):
         try:
-            verify(folder)
+            check(folder)
             return folder
         except DamagedError as error:
             damaged = error
@@ -91,24 +92,40 @@ def newest_good(run: Path) -> Path | None:
     return None
 
 
+def changed_arguments(folder: Path, args: "RunArguments") -> list[str]:
+    """What a step folder was saved with and the run resumes without."""
+    before = read_json(folder / "training_args.json")["arguments"]
+    return [
+        f"resumed with {name}={value}, saved with {before[name]}"
+        for name, value in args.flat().items()
+        if before.get(name, value) != value
+    ]
+
+
+def saved_moments(
+    folder: Path, trained: Iterable[str], headers_only: bool = False
+) -> dict[str, Tensor]:
+    """The optimizer's moments. Raises ValueError when they are not those of the trained weights."""
+    moments = read_tensors(weight_files(folder, "optimizer"), "", headers_only)
+    if changed := sorted({key.rsplit("/", 1)[0] for key in moments} ^ set(trained)):
+        raise ValueError(
+            f"{folder}: the optimizer state is not that of the trained weights: "
+            f"{', '.join(changed[:5])} ({len(changed)} in all) were trained and are frozen "
+            "now, or the reverse; were freeze flags changed? "
+            "--resume_model_optimizer False starts a new optimizer"
+        )
+    return moments
+
+
 def load_state(folder: Path, trainer: "Trainer") -> None:
     """Continues where the step folder stopped. Raises ValueError when it trained other weights."""
     backend, args = trainer.backend, trainer.args
-    before = read_json(folder / "training_args.json")["arguments"]
-    for name, value in args.flat().items():
-        if before.get(name, value) != value and rank() == 0:
-            print(f"WARNING: resumed with {name}={value}, saved with {before[name]}", flush=True)
+    for change in changed_arguments(folder, args):
+        if rank() == 0:
+            print(f"WARNING: {change}", flush=True)
     state = read_json(folder / "trainer_state.json")
     if args.training.resume_model_optimizer:
-        moments = read_tensors(weight_files(folder, "optimizer"))
-        if changed := sorted({key.rsplit("/", 1)[0] for key in moments} ^ backend.weights.keys()):
-            raise ValueError(
-                f"{folder}: the optimizer state is not that of the trained weights: "
-                f"{', '.join(changed[:5])} ({len(changed)} in all) were trained and are frozen "
-                "now, or the reverse; were freeze flags changed? "
-                "--resume_model_optimizer False starts a new optimizer"
-            )
-        backend.load_moments(moments, state["updates"])
+        backend.load_moments(saved_moments(folder, backend.weights), state["updates"])
     # The averages pass through the model on their way into the EMA.
     for last, stems in enumerate((("ema", "adapters_ema"), ("model", "adapters"))):
         files = [

@@ -28,6 +28,11 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_rank() -> int:
+    """This process among `launched_processes`, also before it has joined their group."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def local_device(kind: str) -> torch.device:
     """`auto`, `cpu` or `cuda` -> the device of this process. Raises ValueError without a GPU."""
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):

@@ -12,8 +12,16 @@ from train.arguments import TrainingArguments as TrainingArguments  # noqa: E402
 from train.arguments import help_text, parse_arguments  # noqa: E402
 from train.build import build_trainer  # noqa: E402
 from train.checkpoint import SaveError  # noqa: E402
-from train.distributed import STOP_EXIT_CODE, local_device, locked, process_group, rank  # noqa: E402
+from train.distributed import (  # noqa: E402
+    STOP_EXIT_CODE,
+    launched_rank,
+    local_device,
+    locked,
+    process_group,
+    rank,
+)
 from train.guard import NonFiniteError  # noqa: E402
+from train.preflight import dry_run  # noqa: E402
 from train.trainer import Stopped  # noqa: E402
 
 
@@ -24,6 +32,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     try:
         args = parse_arguments(argv)
+        if args.training.dry_run:
+            sys.exit(dry_run(args) if launched_rank() == 0 else 0)
         training, run = args.training, Path(args.training.checkpoint_dir)
         device = local_device(training.device)
         wanted = training.backend in ("fsdp", "deepspeed")

@@ -11,30 +11,32 @@ from .arguments import TrainingArguments
 GROUPS = ("vit_model", "language_model", "mot_und", "mot_gen", "other")
 
 
-def trained_names(names: Iterable[str], args: TrainingArguments, lora: bool) -> list[str]:
-    """Names of the parameters that the freeze flags leave to be trained.
+def frozen_by(name: str, args: TrainingArguments, lora: bool) -> str | None:
+    """The argument that freezes a parameter, None if it is trained.
 
-    With `lora` the language model itself is frozen too. Raises ValueError when nothing is left. The
-    autoencoder is frozen by the model itself.
+    With `lora` the language model itself is frozen too. The autoencoder is frozen by the model.
     """
+    llm, vit = name.startswith("language_model."), name.startswith("vit_model.")
+    decoder = name.startswith("language_model.model.")
+    # Activations of these are constants, so that no gradient reaches them; lm_head alone still
+    # learns from the answers.
+    und = (decoder or vit or name.startswith("connector.")) and "_moe_gen" not in name
+    expert = decoder and "embed_tokens" not in name
+    freezing = {
+        "freeze_vae": name.startswith("vae."),
+        "freeze_llm": args.freeze_llm and llm,
+        "lora_rank": lora and llm and not is_adapter(name),
+        "freeze_vit": args.freeze_vit and vit,
+        "freeze_und": args.freeze_und and und,
+        "freeze_mot_und": args.freeze_mot_und and expert and "_moe_gen" not in name,
+        "freeze_mot_gen": args.freeze_mot_gen and expert and "_moe_gen" in name,
+    }
+    return next((flag for flag, holds in freezing.items() if holds), None)
 
-    def frozen(name: str) -> bool:
-        llm, vit = name.startswith("language_model."), name.startswith("vit_model.")
-        decoder = name.startswith("language_model.model.")
-        # Activations of these are constants, so that no gradient reaches them; lm_head alone still
-        # learns from the answers.
-        und = (decoder or vit or name.startswith("connector.")) and "_moe_gen" not in name
-        expert = decoder and "embed_tokens" not in name
-        return (
-            name.startswith("vae.")
-            or ((args.freeze_llm or (lora and not is_adapter(name))) and llm)
-            or (args.freeze_vit and vit)
-            or (args.freeze_und and und)
-            or (args.freeze_mot_und and expert and "_moe_gen" not in name)
-            or (args.freeze_mot_gen and expert and "_moe_gen" in name)
-        )
 
-    trained = [name for name in names if not frozen(name)]
+def trained_names(names: Iterable[str], args: TrainingArguments, lora: bool) -> list[str]:
+    """Names of the parameters that nothing freezes. Raises ValueError when nothing is left."""
+    trained = [name for name in names if frozen_by(name, args, lora) is None]
     if not trained:
         raise ValueError("the freeze flags leave nothing to train")
     return trained

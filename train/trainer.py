@@ -18,6 +18,7 @@ from .checkpoint import Saver
 from .distributed import HangWatch, StopRequest, rank, sum_over_ranks
 from .ema import EMA
 from .flops import batch_totals, peak_flops
+from .freezing import FreezingCheck
 from .guard import Guard
 from .metrics import Metrics, read_lines
 from .optim import lr_at
@@ -62,6 +63,7 @@ class Trainer:
     def fit(self) -> None:
         """Raises Stopped after a signal, NonFiniteError and SaveError when going on is useless."""
         args, retry = self.args.training, 0
+        freezing = FreezingCheck(self.backend) if args.validate_freezing else None
         sinks = build_sinks(args, self.run, self.step)
         peak = peak_flops(self.backend.device, args.peak_tflops)
         path = self.run / "metrics.jsonl"
@@ -73,6 +75,8 @@ class Trainer:
             while self.step < args.total_steps:
                 self.train_step(iter(self.loader), metrics)
                 self.step += 1
+                if freezing is not None:
+                    freezing.after_step()
                 watch.alive()
                 last = self.step == args.total_steps
                 events = [stop.received is not None, self.saver.error is not None]
