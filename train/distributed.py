@@ -165,10 +165,11 @@ def locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock: that lock would live on in workers of a killed process.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             print(f"{socket.gethostname()} pid {os.getpid()}", file=file, flush=True)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             owner = file.read().strip()
             error = ValueError(f"{path.parent} is in use by another run: {owner}")
