@@ -26,7 +26,7 @@ from data.loader import PackedLoader
 from data.packer import Sample, TextSegment
 from modeling import pretrained
 from modeling.batch import PackedBatch
-from tests.helpers import pack, restoration, run_arguments
+from tests.helpers import pack, restoration, run_arguments, tiny_config
 from train import checkpoint
 from train.distributed import rank, world_size
 from train.main_sr_pixel_loss import main
@@ -47,7 +47,7 @@ CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "half writt
 class Run:
     """The processes of one run, a process per rank."""
 
-    folder: Path
+    logs: list[Path]
     processes: list[BaseProcess]
 
     def codes(self) -> list[int]:
@@ -64,8 +64,7 @@ class Run:
 
     def texts(self) -> list[str]:
         """What each rank has printed, on both streams."""
-        ranks = range(len(self.processes))
-        return [(self.folder.parent / f"{self.folder.name}.{r}.txt").read_text() for r in ranks]
+        return [log.read_text() for log in self.logs]
 
 
 def start(
@@ -74,20 +73,24 @@ def start(
     *faults: Fault,
     ranks: int = 1,
     environment: Mapping[str, str] | None = None,
+    log: str | None = None,
     **changes: Any,
 ) -> Run:
-    """Begins a run; `common` are checkpoint and mixture, `changes` arguments of the run."""
+    """Begins a run; `common` are checkpoint and mixture, `changes` arguments of the run.
+
+    What rank r prints goes to `<log>.<r>.txt` beside the run folder.
+    """
     args = run_arguments(*common, folder, **({"num_workers": 0} | changes))
     words = [f"--{name}={args.flat()[name]}" for name in args.sources if name in args.flat()]
     launched = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    logs = [folder.with_name(f"{log or folder.name}.{r}.txt") for r in range(ranks)]
     processes: list[BaseProcess] = []
     for r in range(ranks):
         told = launched | {"RANK": str(r), "LOCAL_RANK": str(r)} if ranks > 1 else {}
-        log = folder.parent / f"{folder.name}.{r}.txt"
-        values = words, log, told | dict(environment or {}), faults
+        values = words, logs[r], told | dict(environment or {}), faults
         processes.append(FORKS.Process(target=_process, args=values))
         processes[-1].start()
-    return Run(folder, processes)
+    return Run(logs, processes)
 
 
 def ended(*args: Any, **options: Any) -> tuple[list[int], list[str]]:
@@ -143,6 +146,15 @@ def signalled(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+def leaves_a_child_and_sleeps(told: Path) -> None:
+    """Forks a child that inherits all open files, and writes its process id."""
+    if child := os.fork():
+        told.with_suffix(".tmp").write_text(str(child))
+        told.with_suffix(".tmp").rename(told)
+    time.sleep(PATIENCE)
+    os._exit(1)
+
+
 def killed_after(seconds: float) -> None:
     """SIGKILL that long after the beginning of the first step."""
     timer = threading.Timer(seconds, signalled, [signal.SIGKILL])
@@ -164,7 +176,7 @@ def killed_in_save(step: int, stage: int, told: Path | None = None) -> None:
         if event not in CHANGES or not writing or (stages and stages[-1] == "over"):
             return
         path = Path(args[0])
-        name = f"{event} {path.suffix or path.name}"
+        name = event if event == "os.remove" else f"{event} {path.suffix or path.name}"
         if not stages and name != f"os.mkdir .saving-{step:07d}" or name in stages[-1:]:
             return
         stages.append("over" if stages and event == "os.mkdir" else name)
@@ -263,15 +275,15 @@ def packs_by_number(kinds: tuple[str, ...], dtype: torch.dtype = torch.float32) 
         answer = None if letter.isupper() else (4, 5)
         return restoration(f"{letter}{number}", answer=answer)
 
-    def build(self: PackedLoader, number: int) -> PackedBatch:
+    def build(number: int) -> PackedBatch:
         chosen = [sample(letter, number) for letter in kinds[number % len(kinds)]]
-        batch = pack(self.model_config, *chosen)
+        batch = pack(tiny_config(), *chosen)
         return batch.map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
     def packs(self: PackedLoader) -> Iterator[PackedBatch]:
         while True:
             self.number = getattr(self, "number", 0) + world_size()
-            yield build(self, self.number - world_size() + rank())
+            yield build(self.number - world_size() + rank())
 
     def load(self: PackedLoader, state: dict[str, int]) -> None:
         self.number = state["packs"]

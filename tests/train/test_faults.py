@@ -5,12 +5,14 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,11 +21,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from modeling.pretrained import CheckpointError, DamagedError, write_manifest
 from tests import faulty
 from tests.helpers import run_arguments
-from tests.faulty import ended, start
+from tests.faulty import Fault, ended, start
+from train.backends import Backend
 from train.build import build_trainer, resume_folder
 from train.checkpoint import step_folders, verify
 from train.distributed import STOP_EXIT_CODE
@@ -77,9 +81,9 @@ def assert_good(run: Path, finished: Path) -> None:
         assert hashes(folder) == hashes(finished / folder.name), folder
 
 
-def copied(finished: Path, run: Path, last: int) -> Path:
-    """A run folder as it was after step `last`."""
-    for step in range(1, last + 1):
+def copied(finished: Path, run: Path, last: int, first: int = 1) -> Path:
+    """A run folder as it was after step `last`, with the step folders from `first` on."""
+    for step in range(first, last + 1):
         shutil.copytree(finished / f"{step:07d}", run / f"{step:07d}")
     return run
 
@@ -87,16 +91,16 @@ def copied(finished: Path, run: Path, last: int) -> Path:
 def test_a_kill_at_any_stage_of_a_save_costs_one_step(finished, common, tmp_path):
     """Each run is also the resumption of the one before."""
     told, keep = tmp_path / "stages", {**EVERY_STEP, "max_checkpoints": 1}
-    run = copied(finished, tmp_path / "all", 2)
+    run = copied(finished, tmp_path / "all", 2, 2)
     assert ended(common, run, partial(faulty.killed_in_save, 3, 0, told), **keep)[0] == [0]
     assert names(run) == [4] and hidden(run) == []
     assert_good(run, finished)
     *stages, _ = told.read_text().splitlines()
     final = stages.index("os.rename .saving-0000003")
-    assert {"half written .safetensors", "os.rename .tmp", "os.rename 0000001"} <= set(stages)
+    assert {"half written .safetensors", "os.rename .tmp", "os.rename 0000002"} <= set(stages)
 
     def chain(which: range) -> None:
-        run = copied(finished, tmp_path / f"from{which.start}", 2)
+        run = copied(finished, tmp_path / f"from{which.start}", 2, 2)
         for stage in which:
             fault = partial(faulty.killed_in_save, 3, stage + 1)
             assert ended(common, run, fault, **keep)[0] == [KILLED], stages[stage]
@@ -104,7 +108,7 @@ def test_a_kill_at_any_stage_of_a_save_costs_one_step(finished, common, tmp_path
             assert len(hidden(run)) <= 2
             assert_good(run, finished)
             if stage > final:
-                copied(finished, shutil.rmtree(run) or run, 2)
+                copied(finished, shutil.rmtree(run) or run, 2, 2)
         assert ended(common, run, **keep)[0] == [0]
         assert names(run) == [4] and hidden(run) == []
         assert_good(run, finished)
@@ -211,19 +215,210 @@ def test_no_pickle_is_ever_executed(finished, checkpoint, mixture, tmp_path):
     weights = shutil.copytree(checkpoint, tmp_path / "weights")
     (weights / "model.safetensors").rename(weights / "model.bin")
     (weights / "model.bin").write_bytes(bomb)
+    (weights / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"model.safetensors not found; there is .*model.bin"):
         build_trainer(run_arguments(weights, mixture, tmp_path / "new"))
     assert not trace.exists()
 
 
 def test_a_full_disk_stops_saving_and_not_training(finished, common, tmp_path):
-    """Full from the second step to the fourth: that step succeeds."""
+    run = copied(finished, tmp_path / "run", 1)
     fault = partial(faulty.full_disk, 1, 3)
-    codes, (text,) = ended(common, tmp_path / "run", fault, max_save_failures=9, **EVERY_STEP)
+    codes, (text,) = ended(common, run, fault, max_save_failures=9, **EVERY_STEP)
     assert codes == [0], text
     warnings = [line for line in text.splitlines() if line.startswith("WARNING: saving has failed")]
-    assert 1 <= len(warnings) and "training goes on and tries again" in warnings[0]
+    assert len(warnings) >= 1 and "training goes on and tries again" in warnings[0]
     assert "File too large" in warnings[0]
-    assert {1, STEPS} <= set(names(tmp_path / "run")) and hidden(tmp_path / "run") == []
-    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
-    assert_good(tmp_path / "run", finished)
+    assert {1, STEPS} <= set(names(run)) <= {1, 3, STEPS} and hidden(run) == []
+    assert [line["step"] for line in lines(run)] == [2, 3, 4]
+    assert_good(run, finished)
+
+
+FAILURES: dict[str, tuple[Fault, int, str]] = {
+    "full disk": (
+        partial(faulty.full_disk, 0, 99),
+        2,
+        r"failed 2 time\(s\) in a row: .*File too large.*\(max_save_failures=2\)",
+    ),
+    "an error": (
+        partial(faulty.failing_writes, ValueError("no such layout"), 1),
+        1,
+        r"failed 1 time\(s\) in a row: .*no such layout",
+    ),
+    "a mistake": (
+        partial(faulty.failing_writes, KeyError("lost"), 1),
+        1,
+        r"failed 1 time\(s\) in a row: .*the writing thread has died",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fault", "most", "said"), FAILURES.values(), ids=FAILURES)
+def test_a_save_that_fails_ends_the_run_on_all_ranks(finished, common, tmp_path, fault, most, said):
+    """The mistake of one rank at once, a full disk when it has failed too often."""
+    run = copied(finished, tmp_path / "run", 1)
+    more = {"ranks": 2, "max_save_failures": 2, "save_every": 1, "max_checkpoints": 1}
+    codes, texts = ended(common, run, fault, total_steps=20, **more)
+    assert codes == [1, 1], texts
+    for text in texts:
+        assert re.search(f"error: saving has {said}", text), text
+    assert sum("tries again" in text for text in texts) == most - 1
+    assert names(run) == [1]
+    assert 1 <= len(lines(run)) <= 5
+    assert_good(run, finished)
+
+
+def test_a_folder_belongs_to_one_run(common, tmp_path):
+    """Until it is killed, even if a process that it had started lives on."""
+    run = tmp_path / "run"
+    waits = partial(faulty.at, 1, partial(faulty.leaves_a_child_and_sleeps, tmp_path / "child"))
+    first = start(common, run, waits, **EVERY_STEP)
+    until((tmp_path / "child").exists)
+    codes, (text,) = ended(common, tmp_path / "run", log="second", **EVERY_STEP)
+    assert codes == [1]
+    owner = f"{socket.gethostname()} pid {first.processes[0].pid}"
+    assert f"error: {run} is in use by another run: {owner}" in text
+    first.processes[0].kill()
+    assert first.codes() == [KILLED]
+    try:
+        assert ended(common, run, total_steps=2)[0] == [0]
+    finally:
+        os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+
+
+def test_no_secret_of_the_environment_is_written(finished):
+    files = [path for path in finished.parent.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"run.0.txt", "metrics.jsonl", "training_args.json"}
+    for path in files:
+        content = path.read_bytes()
+        assert not [name for name, value in SECRETS.items() if value.encode() in content], path
+
+
+def until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + faulty.PATIENCE
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_nan_on_one_rank_skips_the_step_on_all_and_ends_the_run_after_three(common, tmp_path):
+    """Found at a log step: steps count from 0, folders from 1."""
+    fault = partial(faulty.spoiled_steps, {1, 3, 4, 5}, 1)
+    more = {"log_every": 2, "max_nonfinite_steps": 3, "save_every": 1, "max_checkpoints": 9}
+    run = tmp_path / "run"
+    codes, texts = ended(common, run, fault, ranks=2, total_steps=9, **more)
+    assert codes == [1, 1], texts
+    assert names(run)[:4] == [1, 2, 3, 4]
+    bits = {step: hashes(run / f"{step:07d}", TENSORS) for step in (1, 2, 3, 4)}
+    assert bits[2] == bits[1] and bits[4] == bits[3]
+    assert all(bits[3][name] != bits[2][name] for name in TENSORS)
+    assert lines(run)[0]["nonfinite_steps"] == 1 and lines(run)[0]["spikes"] == 0
+    assert len(lines(run)) == 2
+    warned = next(line for line in texts[0].splitlines() if "not finite, skipped" in line)
+    guilty = r"step {0}, rank 1: gradient norm, .*mse.* \(images .*train.jsonl:\d+\)"
+    assert warned.startswith("WARNING: ") and re.search(guilty.format(1), warned)
+    assert not re.search(r"rank 0: .*mse[^)]*\(", warned.split("step 1, rank 1")[0])
+    for text in texts:
+        (last,) = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert re.search(guilty.format(4), last) and re.search(guilty.format(5), last)
+        assert "max_nonfinite_steps=3 in a row" in last
+
+
+def test_a_spike_of_the_gradient_is_skipped_and_counted(common, tmp_path, monkeypatch):
+    spikes = {12, 15}
+    same: dict[int, bool] = {}
+    args = run_arguments(
+        *common, tmp_path, total_steps=18, spike_sigma=6, spike_warmup_steps=10, num_workers=0
+    )
+    trainer = build_trainer(args)
+    clip, step = Backend.clip, Trainer.train_step
+
+    def larger(self: Backend, max_norm: float) -> Tensor:
+        if trainer.step in spikes:
+            torch._foreach_mul_([w.grad for w in self.weights.values() if w.grad is not None], 100)
+        return clip(self, max_norm)
+
+    def state() -> list[Tensor]:
+        moments = [trainer.backend.optimizer.state[m] for m in trainer.backend.masters]
+        tensors = [*trainer.backend.masters, *trainer.ema.averages]
+        return [t.clone() for t in [*tensors, *(v for m in moments for v in m.values())]]
+
+    def compared(self: Trainer, *more: Any) -> None:
+        old = state()
+        step(self, *more)
+        same[self.step] = all(map(torch.equal, old, state()))
+
+    monkeypatch.setattr(Backend, "clip", larger)
+    monkeypatch.setattr(Trainer, "train_step", compared)
+    trainer.fit()
+    assert {step for step, unchanged in same.items() if unchanged} == spikes
+    assert [line["spikes"] for line in lines(tmp_path)] == [0] * 12 + [1] * 3 + [2] * 3
+    usual = [line["total_norm"] for i, line in enumerate(lines(tmp_path)) if i not in spikes]
+    assert min(lines(tmp_path)[i]["total_norm"] for i in spikes) > 10 * max(usual)
+
+
+def test_a_rank_that_sleeps_ends_the_run_with_all_stacks(common, tmp_path):
+    fault = partial(faulty.at, 1, partial(time.sleep, 60), 1)
+    codes, texts = ended(common, tmp_path / "run", fault, ranks=2, hang_timeout=6)
+    assert codes == [1, 1], texts
+    for text in texts:
+        assert "Timeout (0:00:06)!" in text and "most recent call first" in text
+        assert "in fit" in text
+    assert 'faulty.py", line' in texts[1] and "sum_over_ranks" in texts[0]
+
+
+def drawn(folder: Path) -> list[str]:
+    """Samples of all steps and ranks."""
+    return sorted(n for step in faulty.samples(folder).values() for names in step for n in names)
+
+
+STREAM = ("ab", "t", "Cd", "aE")
+RESHARDED: dict[str, Any] = {"total_steps": STEPS, "save_every": STEPS, "eps": 1e-6}
+
+
+def test_other_numbers_of_ranks_continue_the_same_run(common, tmp_path):
+    """2 ranks until SIGTERM on one of them, 4 until SIGUSR1, then a single process."""
+    stream = partial(faulty.packs_by_number, STREAM)
+    alone = {**RESHARDED, "gradient_accumulation_steps": len(STREAM)}
+    for name in ("whole", "run"):
+        (tmp_path / name).mkdir()
+    note = partial(faulty.told_samples, tmp_path / "whole")
+    assert ended(common, tmp_path / "whole" / "run", stream, note, **alone)[0] == [0]
+    run, note = tmp_path / "run" / "run", partial(faulty.told_samples, tmp_path / "run")
+    for ranks, last, number in ((2, 1, signal.SIGTERM), (4, 2, signal.SIGUSR1)):
+        stop = partial(faulty.at, last, partial(faulty.signalled, number), ranks - 1)
+        more = {**RESHARDED, "gradient_accumulation_steps": len(STREAM) // ranks}
+        codes, texts = ended(common, run, stream, stop, note, ranks=ranks, **more)
+        assert codes == [STOP_EXIT_CODE] * ranks, texts
+        assert all(f"a signal came; saved at step {last + 1}" in text for text in texts)
+        assert names(run)[-1] == last + 1
+    codes, texts = ended(common, run, stream, note, **alone)
+    assert codes == [0], texts
+    for name in TENSORS:
+        found, right = (load_file(f / "run" / "0000004" / name) for f in (run.parent, tmp_path / "whole"))
+        assert found.keys() == right.keys()
+        for key, value in right.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5, msg=key)
+    assert drawn(run.parent) == drawn(tmp_path / "whole")
+    assert len(drawn(run.parent)) == len(set(drawn(run.parent))) == STEPS * len("abCdaE")
+    assert [line["step"] for line in lines(run)] == [1, 2, 3, 4]
+
+
+def test_ranks_without_images_or_answers(common, tmp_path):
+    """Steps of mixed packs, of a rank of text alone, of text alone, of images alone."""
+    stream = partial(faulty.packs_by_number, ("ab", "aB", "a", "t", "t", "t", "A", "BC"))
+    more = {**RESHARDED, "ssim_loss_weight": 0.5, "ssim_loss_max_t": 0.6}
+    found = []
+    for ranks in (1, 2):
+        run = tmp_path / str(ranks)
+        codes, texts = ended(common, run, stream, ranks=ranks, gradient_accumulation_steps=2 // ranks, **more)
+        assert codes == [0] * ranks, texts
+        found.append((lines(run), load_file(run / "0000004" / "model.safetensors")))
+    (right, weights), (seen, sharded) = found
+    for line, other, absent in zip(right, seen, ((), (), ("mse", "ssim"), ("ce",)), strict=True):
+        assert {n for n in ("ce", "mse", "ssim") if n not in line} == set(absent)
+        assert line.keys() == other.keys()
+        for name in ("ce", "mse", "ssim", "total_norm"):
+            assert name in absent or other[name] == pytest.approx(line[name], rel=1e-4)
+    for key, value in weights.items():
+        torch.testing.assert_close(sharded[key], value, rtol=1e-5, atol=1e-5, msg=key)
