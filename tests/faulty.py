@@ -80,14 +80,12 @@ def start(
 
     What rank r prints goes to `<log>.<r>.txt` beside the run folder.
     """
-    args = run_arguments(*common, folder, **({"num_workers": 0} | changes))
-    words = [f"--{name}={args.flat()[name]}" for name in args.sources if name in args.flat()]
-    launched = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    launched = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     logs = [folder.with_name(f"{log or folder.name}.{r}.txt") for r in range(ranks)]
     processes: list[BaseProcess] = []
     for r in range(ranks):
         told = launched | {"RANK": str(r), "LOCAL_RANK": str(r)} if ranks > 1 else {}
-        values = words, logs[r], told | dict(environment or {}), faults
+        values = words(common, folder, **changes), logs[r], told | dict(environment or {}), faults
         processes.append(FORKS.Process(target=_process, args=values))
         processes[-1].start()
     return Run(logs, processes)
@@ -99,14 +97,20 @@ def ended(*args: Any, **options: Any) -> tuple[list[int], list[str]]:
     return run.codes(), run.texts()
 
 
-def _free_port() -> str:
+def words(common: tuple[Path, Path], folder: Path, **changes: Any) -> list[str]:
+    """A command line of the entry point."""
+    args = run_arguments(*common, folder, **({"num_workers": 0} | changes))
+    return [f"--{name}={args.flat()[name]}" for name in args.sources if name in args.flat()]
+
+
+def free_port() -> str:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return str(found.getsockname()[1])
 
 
 def _process(
-    words: list[str], log: Path, environment: dict[str, str], faults: tuple[Fault, ...]
+    argv: list[str], log: Path, environment: dict[str, str], faults: tuple[Fault, ...]
 ) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -118,7 +122,7 @@ def _process(
     torch.set_num_threads(1)
     for fault in faults:
         fault()
-    main(words)
+    main(argv)
 
 
 # Faults. Arguments that say where: a step counts from 0, as in the trainer.

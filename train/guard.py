@@ -57,16 +57,18 @@ class Guard:
         bad = all_reduce(own.any().float(), dist.ReduceOp.MAX)
         c = self.counters
         deviation = (c["square"] - c["mean"].square()).clamp(min=0).sqrt()
-        usual = self.sigma is None or norm <= c["mean"] + self.sigma * deviation
-        spike = torch.zeros_like(bad) if usual is True else (1 - bad) * (~usual & self._warm())
+        limit = torch.full_like(norm, torch.inf)
+        if self.sigma is not None:
+            limit = torch.where(self._warm(), c["mean"] + self.sigma * deviation, limit)
+        spike = (1 - bad) * (norm > limit)
         skip = bad + spike
-        share = (1 - NORM_MEMORY) if self.sigma is not None else 0.0
-        learned = torch.where(skip > 0, c["mean"], norm)
-        # From the first norm on, not from zero.
-        weight = torch.where(c["seen"] == 0, 1.0, share) * (1 - skip)
+        # A spike counts as the limit: where norms stay high, the limit follows them.
+        learned = torch.where(bad > 0, c["mean"], torch.minimum(norm, limit))
+        # At first the plain mean, so that no single norm outweighs the others.
+        weight = (1 / (c["seen"] + 1)).clamp(min=1 - NORM_MEMORY) * (1 - bad)
         c["mean"].lerp_(learned, weight)
         c["square"].lerp_(learned.square(), weight)
-        c["seen"] += 1 - skip
+        c["seen"] += 1 - bad
         c["spikes"] += spike
         c["nonfinite_steps"] += bad
         c["in_a_row"].add_(1).mul_(bad)

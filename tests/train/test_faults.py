@@ -71,7 +71,9 @@ def hidden(run: Path) -> list[str]:
 
 
 def lines(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """One per step, whichever ranks have written it."""
+    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return list({line["step"]: line for line in found}.values())
 
 
 def assert_good(run: Path, finished: Path) -> None:
@@ -422,3 +424,70 @@ def test_ranks_without_images_or_answers(common, tmp_path):
             assert name in absent or other[name] == pytest.approx(line[name], rel=1e-4)
     for key, value in weights.items():
         torch.testing.assert_close(sharded[key], value, rtol=1e-5, atol=1e-5, msg=key)
+
+
+DTYPES: dict[str, tuple[int, str, bool, str, torch.dtype]] = {
+    "autocast": (1, "single", True, "checkpoint", torch.bfloat16),
+    "bfloat16 files": (1, "single", False, "bfloat16", torch.bfloat16),
+    "both": (1, "single", True, "bfloat16", torch.float32),
+    "fsdp": (2, "fsdp", False, "bfloat16", torch.bfloat16),
+    "fsdp in bfloat16": (2, "fsdp", True, "checkpoint", torch.float32),
+    "deepspeed": (2, "deepspeed", False, "bfloat16", torch.bfloat16),
+    "deepspeed in bfloat16": (2, "deepspeed", True, "checkpoint", torch.float32),
+}
+"""Ranks, back end, bf16, weights, dtype of images."""
+PRECISE: dict[str, Any] = {
+    **{"total_steps": 2, "save_every": 9, "lr": 1e-4, "warmup_steps": 0},
+    **{"ssim_loss_weight": 0.5, "ssim_loss_max_t": 0.9, "pixel_loss_weight": 0.5},
+}
+PAIR = ("ab", "cE")
+
+
+@pytest.fixture(scope="module")
+def weights(common, tmp_path_factory) -> dict[str, Path]:
+    """The checkpoint, and the same with weights in bfloat16."""
+    folder = shutil.copytree(common[0], tmp_path_factory.mktemp("weights") / "bfloat16")
+    rounded = {n: t.bfloat16() for n, t in load_file(folder / "model.safetensors").items()}
+    save_file(rounded, folder / "model.safetensors")
+    write_manifest(folder)
+    return {"checkpoint": common[0], "bfloat16": folder}
+
+
+@pytest.fixture(scope="module")
+def exact(common, tmp_path_factory) -> list[dict[str, float]]:
+    """Log lines in float32, in one process."""
+    run = tmp_path_factory.mktemp("exact") / "run"
+    stream = partial(faulty.packs_by_number, PAIR)
+    codes, texts = ended(common, run, stream, gradient_accumulation_steps=2, **PRECISE)
+    assert codes == [0], texts
+    return lines(run)
+
+
+@pytest.mark.parametrize("case", DTYPES.values(), ids=DTYPES)
+def test_every_dtype_gives_the_same_losses(common, weights, exact, tmp_path, case):
+    ranks, backend, bf16, kind, dtype = case
+    stream = partial(faulty.packs_by_number, PAIR, dtype)
+    more = {"ranks": ranks, "backend": backend, "bf16": bf16, **PRECISE}
+    more |= {"gradient_accumulation_steps": 2 // ranks, "environment": {"DS_BUILD_OPS": "0"}}
+    codes, texts = ended((weights[kind], common[1]), tmp_path / "run", stream, **more)
+    assert codes == [0] * ranks, texts
+    for line, right in zip(lines(tmp_path / "run"), exact, strict=True):
+        assert line["nonfinite_steps"] == 0
+        for name in ("ce", "mse", "pixel", "ssim"):
+            assert line[name] == pytest.approx(right[name], rel=0.02), name
+        assert line["total_norm"] == pytest.approx(right["total_norm"], rel=0.05)
+
+
+def test_a_signal_to_torchrun_saves_and_ends_with_its_code(common, tmp_path):
+    """The program as users start it."""
+    run, root = tmp_path / "run", Path(__file__).parents[2]
+    words = faulty.words(common, run, total_steps=10_000, save_every=10_000)
+    program = [sys.executable, "scripts/training/lib/torchrun.py", "--nproc_per_node=2"]
+    program += [f"--master_port={faulty.free_port()}", "train/main_sr_pixel_loss.py", *words]
+    with subprocess.Popen(program, cwd=root, stdout=subprocess.DEVNULL) as process:
+        until(lambda: (run / "metrics.jsonl").exists() and lines(run))
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(faulty.PATIENCE) == STOP_EXIT_CODE
+    (step,) = names(run)
+    verify(run / f"{step:07d}")
+    assert hidden(run) == [] and lines(run)[-1]["step"] == step
