@@ -141,9 +141,7 @@ def before_steps(action: Callable[[Trainer], object]) -> None:
 
 def at(step: int, action: Fault, on_rank: int | None = None) -> None:
     """Does something before one step, on one rank or on all."""
-    before_steps(
-        lambda trainer: trainer.step == step and on_rank in (None, rank()) and action()
-    )
+    before_steps(lambda trainer: trainer.step == step and on_rank in (None, rank()) and action())
 
 
 def signalled(number: int) -> None:

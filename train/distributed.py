@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +21,8 @@ from torch import Tensor
 STOP_EXIT_CODE = 85
 """Of a run that a signal has stopped after it has saved: start it again."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LINGER_SECONDS = 1.0
+"""How far apart ranks are at most when they raise the same error."""
 
 
 def launched_processes() -> int:
@@ -56,11 +59,16 @@ def process_group(device: torch.device, timeout: float, wanted: bool = False) ->
         timeout=timedelta(seconds=timeout) if timeout else None,
         **alone,
     )
+    together = False
     try:
         yield
         # Without it a rank may close connections that another still reads from.
         dist.barrier()
+        together = True
     finally:
+        if not together:
+            # The same for what all ranks raise; one that raises alone is not waited for.
+            time.sleep(LINGER_SECONDS)
         dist.destroy_process_group()
 
 

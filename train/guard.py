@@ -31,7 +31,8 @@ class Guard:
         self, most_in_a_row: int, sigma: float | None, warmup: int, device: torch.device
     ) -> None:
         """The run ends after `most_in_a_row` non-finite steps. A norm more than `sigma` standard
-        deviations above its mean is skipped after `warmup` steps; None skips none."""
+        deviations above its mean is skipped after `warmup` steps; None skips none. Where norms
+        stay high the mean follows."""
         self.most_in_a_row, self.sigma, self.warmup = most_in_a_row, sigma, warmup
         self.counters = {name: torch.zeros((), device=device) for name in COUNTERS}
         self.told = 0.0
@@ -76,7 +77,8 @@ class Guard:
         return skip
 
     def _warm(self) -> Tensor:
-        return self.counters["seen"] >= self.warmup
+        # A deviation needs two norms.
+        return self.counters["seen"] >= max(self.warmup, 2)
 
     def end_window(self) -> dict[str, float]:
         """Numbers for the log line. Prints what was skipped; every rank has to call it.
