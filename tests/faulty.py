@@ -211,6 +211,18 @@ def failing_writes(error: Exception, on_rank: int) -> None:
     checkpoint.save_file = failing  # type: ignore[assignment]
 
 
+def killed_in_write(step: int, on_rank: int) -> None:
+    """SIGKILL of one rank before its first weight file of a step folder."""
+    write = checkpoint.save_file
+
+    def killing(tensors: Any, path: Path, *more: Any) -> None:
+        if rank() == on_rank and path.parent.name.endswith(f"{step:07d}"):
+            signalled(signal.SIGKILL)
+        write(tensors, path, *more)
+
+    checkpoint.save_file = killing  # type: ignore[assignment]
+
+
 def full_disk(first: int, last: int) -> None:
     """No file grows beyond half the size of a weight file, from one step to another."""
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)

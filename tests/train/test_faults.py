@@ -188,6 +188,41 @@ def test_damaged_steps_are_named_and_passed_over(finished, common, tmp_path, dam
     assert f"error: {run}/0000003/ema.safetensors is damaged: sha256 " in text
 
 
+def without(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t for n, t in tensors.items() if n != name}
+
+
+def deeper(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With a further layer of the ViT."""
+    last = [(n, t) for n, t in tensors.items() if ".encoder.layers.1." in n]
+    return tensors | {n.replace(".layers.1.", ".layers.24."): t for n, t in last}
+
+
+MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], dict, str]] = {
+    "one missing": (
+        partial(without, "llm2vae.weight"),
+        {},
+        r"\((\d+) of \d+ tensors fit\):\n  missing llm2vae.weight \(.*--latent_patch_size",
+    ),
+    "deeper ViT": (deeper, {}, r"unexpected vit_model.*layers\.24\..*--vit_select_layer"),
+    "other grid": (
+        dict,
+        {"max_latent_size": 4},
+        r"misshapen latent_pos_embed.*checkpoint \(64, 32\), model \(16, 32\).*max_latent_size",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "arguments", "said"), MISFITS.values(), ids=MISFITS)
+def test_weights_that_do_not_fit_begin_no_run(common, tmp_path, change, arguments, said):
+    folder = shutil.copytree(common[0], tmp_path / "weights")
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+    write_manifest(folder)
+    with pytest.raises(CheckpointError, match=said):
+        build_trainer(run_arguments(folder, common[1], tmp_path / "run", **arguments))
+    assert not (tmp_path / "run").exists()
+
+
 class Payload:
     """Unpickling it writes a file."""
 
@@ -377,12 +412,12 @@ def test_norms_that_stay_high_are_no_spikes_for_ever(warmup):
 
 def test_a_rank_that_sleeps_ends_the_run_with_all_stacks(common, tmp_path):
     fault = partial(faulty.at, 1, partial(time.sleep, 60), 1)
-    codes, texts = ended(common, tmp_path / "run", fault, ranks=2, hang_timeout=6)
+    codes, texts = ended(common, tmp_path / "run", fault, ranks=2, hang_timeout=8)
     assert codes == [1, 1], texts
     for text in texts:
-        assert "Timeout (0:00:06)!" in text and "most recent call first" in text
+        assert "Timeout (0:00:08)!" in text and "most recent call first" in text
         assert "in fit" in text
-    assert 'faulty.py", line' in texts[1] and "sum_over_ranks" in texts[0]
+    assert "sum_over_ranks" in texts[0] and "sum_over_ranks" not in texts[1]
 
 
 def drawn(folder: Path) -> list[str]:
@@ -422,6 +457,21 @@ def test_other_numbers_of_ranks_continue_the_same_run(common, tmp_path):
     assert drawn(run.parent) == drawn(tmp_path / "whole")
     assert len(drawn(run.parent)) == len(set(drawn(run.parent))) == STEPS * len("abCdaE")
     assert [line["step"] for line in lines(run)] == [1, 2, 3, 4]
+
+
+def test_a_rank_that_is_killed_in_its_part_of_a_save(common, tmp_path):
+    """The other one ends too; resumed on as many ranks, the run has the bits of one on its own."""
+    stream = partial(faulty.packs_by_number, STREAM)
+    more: dict[str, Any] = {**EVERY_STEP, "ranks": 2}
+    assert ended(common, tmp_path / "whole", stream, **more)[0] == [0, 0]
+    run = tmp_path / "run"
+    fault = partial(faulty.killed_in_write, 3, 1)
+    assert ended(common, run, stream, fault, **more)[0] == [1, KILLED]
+    assert names(run) == [1, 2] and hidden(run) == [".saving-0000003"]
+    codes, texts = ended(common, run, stream, **more)
+    assert codes == [0, 0] and f"resumed from {run}/0000002 at step 2" in texts[0]
+    assert names(run) == [1, 2, 3, 4] and hidden(run) == []
+    assert_good(run, tmp_path / "whole")
 
 
 def test_ranks_without_images_or_answers(common, tmp_path):
