@@ -195,7 +195,7 @@ def without(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def deeper(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """With a further layer of the ViT."""
     last = [(n, t) for n, t in tensors.items() if ".encoder.layers.1." in n]
-    return tensors | {n.replace(".layers.1.", ".layers.24."): t for n, t in last}
+    return tensors | {n.replace(".layers.1.", ".layers.24."): t.clone() for n, t in last}
 
 
 MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], dict, str]] = {
