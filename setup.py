@@ -10,6 +10,10 @@ DEMO = [
     "scipy==1.17.1",
     "tokenizers==0.23.3",
 ]
+TENSORBOARD = ["tensorboard==2.21.0"]
+WANDB = ["wandb==0.31.0"]
+DEEPSPEED = ["deepspeed==0.19.8"]
+LORA = ["accelerate==1.15.0", "peft==0.21.2"]
 
 setup(
     name="bagel-restore",
@@ -23,7 +27,6 @@ setup(
     install_requires=[
         "torch==2.13.0",
         "transformers==5.23.0",
-        "huggingface_hub==2.4.0",
         "safetensors==0.8.0",
         "numpy==2.4.6",
         "pillow==13.0.0",
@@ -35,12 +38,18 @@ setup(
         "demo": DEMO,
         "dev": [
             *DEMO,
+            *TENSORBOARD,
+            *WANDB,
+            *DEEPSPEED,
+            *LORA,
             "mypy==2.4.1",
             "pytest==9.2.0",
             "ruff==0.17.6",
             "types-PyYAML==6.0.12.20261113",
         ],
-        "deepspeed": ["accelerate==1.15.0", "deepspeed==0.19.8"],
-        "wandb": ["wandb==0.31.0"],
+        "deepspeed": DEEPSPEED,
+        "lora": LORA,
+        "tensorboard": TENSORBOARD,
+        "wandb": WANDB,
     },
 )

@@ -1,5 +1,7 @@
 """Image files -> RGB arrays in [0, 1]. PNG and JPEG, 8 and 16 bits, grey, RGB and RGBA."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +22,25 @@ def read_image(path: str | Path) -> Image.Image:
 
     Raises ImageError for a missing, damaged or oversized file.
     """
+    with _opened(path) as image:
+        image.load()
+        return to_rgb(image)
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) from the header of a file; raises ImageError as `read_image` does."""
+    with _opened(path) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """The image of a file before its pixels are decoded."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
-            image.load()
-            return to_rgb(image)
+            yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path}: {error}") from error
 

@@ -1,62 +1,37 @@
-"""Endless stream of packed batches whose state is the number of draws from each data set.
+"""Packs of the global stream -> this rank's PackedBatches, decoded by worker processes.
 
-Sample i of the stream is a function of (seed, i) alone: group, data set, place in that epoch's
-permutation, dropout, time and noise. So a stream resumes exactly from its position.
+Micro-batch m of rank r among W takes pack m * W + r of the stream, so what a global batch holds
+does not depend on W as long as W times the accumulated micro-batches stays the same.
 """
 
+import copy
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import count, zip_longest
 from typing import Any
 
-import numpy as np
 import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from modeling.batch import PackedBatch
 
-from .config import RULES, DatasetConfig, GroupConfig
-from .packer import Packer, PackerConfig, Sample
-from .records import read_records
-from .tasks import RestorationTask
+from .config import RULES, GroupConfig
+from .packer import PackerConfig
+from .stream import LoaderConfig, Planner
 from .tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoaderConfig:
-    data_seed: int = 42
-    expected_num_tokens: int = 32768
-    """A pack is full once it holds this many tokens."""
-    max_num_tokens: int = 36864
-    """No pack holds more; a sample that would exceed it opens the next pack."""
-    max_num_tokens_per_sample: int = 16384
-    """Longer samples are dropped and counted."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_num_tokens_per_sample", "expected_num_tokens"):
-            if not 1 <= (value := getattr(self, name)) <= self.max_num_tokens:
-                raise ValueError(
-                    f"{name}={value} is not in 1..max_num_tokens={self.max_num_tokens}"
-                )
-
-
-class _Dataset:
-    """Samples of one data set, its records in an order that changes every epoch."""
-
-    def __init__(self, config: DatasetConfig, task: RestorationTask, seed: int) -> None:
-        self.folder, self.task, self.seed = config.data_dir, task, seed
-        self.records = read_records(config.jsonl_path)[: config.num_used_data or None]
-        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
-
-    def sample(self, draw: int) -> Sample:
-        """The `draw`-th sample that is taken from this set."""
-        epoch, place = divmod(draw, len(self.records))
-        if epoch != self._epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            self._epoch, self._order = epoch, rng.permutation(len(self.records))
-        return self.task.sample(self.records[self._order[place]], self.folder)
-
-
 class PackedLoader:
-    """Iterates packed batches; `state_dict` / `load_state_dict` resume exactly."""
+    """Iterates this rank's batches without end; `state_dict` / `load_state_dict` resume exactly.
+
+    The state is that after the last batch taken, whatever workers have prepared ahead. It is the
+    same on all ranks after as many batches and valid on any number of ranks and workers. Where the
+    data sets hold less than a global batch, the stream wraps: records come again in the next epoch.
+
+    Taking a batch raises ValueError for what cannot be packed (a RecordError, an ImageError, only
+    samples that are too long), OSError for a file, ChildProcessError for a worker that died.
+    """
 
     def __init__(
         self,
@@ -64,74 +39,112 @@ class PackedLoader:
         config: LoaderConfig,
         packer_config: PackerConfig,
         tokenizer: Tokenizer,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        self.config, self.packer_config, self.tokenizer = config, packer_config, tokenizer
+        self.config, self.packer_config = config, packer_config
+        self.rank, self.world_size = rank, world_size
         self.resize_rules = {name: asdict(getattr(mixture[0], name)) for name in RULES}
         """Of the first group, as keys of a mixture."""
-        self.datasets: list[_Dataset] = []
-        weights: list[float] = []
-        for group in mixture:
-            task = RestorationTask(
-                tokenizer, group.image_transform_args, group.vit_image_transform_args
-            )
-            task.require_strides(packer_config.latent_stride, packer_config.vit_patch_size)
-            first_seed = config.data_seed + len(self.datasets)
-            sets = [_Dataset(d, task, first_seed + i) for i, d in enumerate(group.datasets)]
-            # A group's share is its weight; inside a group every record is equally likely.
-            sizes = [len(d.records) for d in sets]
-            weights += [group.weight * size / sum(sizes) for size in sizes]
-            self.datasets += sets
-        self.shares = np.array(weights) / np.sum(weights)
-        self.draws = [0] * len(self.datasets)
-        self.too_long = 0
+        self.planner = Planner(mixture, config, packer_config, tokenizer)
+        """Stands after the last global step whose batch was taken."""
+        self._batches: Iterator[Any] | None = None
+        records = sum(len(d.records) for d in self.planner.datasets)
+        if rank == 0 and records < world_size * max(config.num_workers, 1):
+            workers = f"{world_size} ranks with num_workers={config.num_workers}"
+            print(f"WARNING: {records} records for {workers}: records will repeat", flush=True)
 
     @property
     def position(self) -> int:
-        """Samples of the stream that were packed or dropped."""
-        return sum(self.draws)
+        """Samples of the stream that were packed or dropped, on all ranks."""
+        return sum(self.planner.draws) - len(self.planner.buffer)
 
-    def _draw(self) -> tuple[int, Sample, torch.Generator]:
-        """The next sample of the stream and the generator of its randomness."""
-        rng = np.random.default_rng([self.config.data_seed, self.position])
-        chosen = int(rng.choice(len(self.datasets), p=self.shares))
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        return chosen, self.datasets[chosen].sample(self.draws[chosen]), generator
+    @property
+    def too_long(self) -> int:
+        """Samples of the stream that were dropped, on all ranks."""
+        return self.position - sum(self.planner.packed)
 
-    def next_batch(self) -> PackedBatch:
-        """Raises ValueError when samples keep being too long for a pack."""
-        packer, dropped_in_a_row = Packer(self.packer_config, self.tokenizer.special), 0
-        longest = self.config.max_num_tokens_per_sample
-        while packer.num_tokens < self.config.expected_num_tokens:
-            chosen, sample, generator = self._draw()
-            tokens = self.packer_config.num_tokens(sample)
-            if tokens <= longest:
-                if packer.num_tokens + tokens > self.config.max_num_tokens:
-                    break
-                packer.add(sample, generator)
-                dropped_in_a_row = 0
-            elif dropped_in_a_row == 100:
-                raise ValueError(
-                    f"100 samples in a row exceed max_num_tokens_per_sample={longest} "
-                    f"(the last has {tokens} tokens)"
-                )
-            else:
-                self.too_long += 1
-                dropped_in_a_row += 1
-            self.draws[chosen] += 1
-        return packer.build()
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples packed on all ranks, by the name of their data set."""
+        total: Counter[str] = Counter()
+        for dataset, packed in zip(self.planner.datasets, self.planner.packed, strict=True):
+            total[dataset.name] += packed
+        return dict(total)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         while True:
             yield self.next_batch()
 
+    def next_batch(self) -> PackedBatch:
+        if self._batches is None:
+            self._batches = self._start()
+        try:
+            found, state = next(self._batches)
+        except RuntimeError as error:
+            if not (workers := self.config.num_workers):
+                raise
+            self._batches = None
+            raise ChildProcessError(
+                f"rank {self.rank}: a data worker failed: {error}. If the host ran out of memory, "
+                f"lower num_workers={workers} or prefetch_factor={self.config.prefetch_factor}"
+            ) from error
+        if isinstance(found, Exception):
+            self._batches = None
+            raise found
+        self.planner.load(state)
+        return found
+
     def state_dict(self) -> dict[str, Any]:
-        return {"draws": list(self.draws), "too_long": self.too_long}
+        sets = [[d.name, len(d.records)] for d in self.planner.datasets]
+        return {"datasets": sets} | self.planner.state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError when the state belongs to another mixture."""
-        if len(state["draws"]) != len(self.datasets):
+        pairs = zip_longest(state["datasets"], self.state_dict()["datasets"])
+        if changed := [f"{saved} -> {ours}" for saved, ours in pairs if saved != ours]:
             raise ValueError(
-                f"the saved stream mixes {len(state['draws'])} data sets, "
-                f"this one {len(self.datasets)}"
+                "dataset_config_file: the saved stream has other data sets (name, records): "
+                + "; ".join(changed)
             )
-        self.draws, self.too_long = list(state["draws"]), state["too_long"]
+        self.planner.load(state)
+        self._batches = None
+
+    def _start(self) -> Iterator[Any]:
+        """Begins to prepare what follows the last batch taken."""
+        planner, workers = copy.copy(self.planner), self.config.num_workers
+        planner.load(self.planner.state())
+        # A fork of a process with threads may deadlock, so a server without any forks the workers.
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", __name__])
+        loader = DataLoader(
+            _Packs(planner, self.rank, self.world_size),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=self.config.prefetch_factor if workers else None,
+            multiprocessing_context=context if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # so that the global one is left alone
+        )
+        return iter(loader)
+
+
+@dataclass
+class _Packs(IterableDataset):
+    """(batch, state after its global step) of one rank; an error stands in its batch's place."""
+
+    planner: Planner
+    rank: int
+    world_size: int
+
+    def __iter__(self) -> Iterator[tuple[PackedBatch | Exception, dict[str, Any]]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        try:
+            for step in count():
+                packs = [self.planner.next_pack() for _ in range(self.world_size)]
+                if step % workers == worker:
+                    yield self.planner.decode(packs[self.rank]), self.planner.state()
+        except (ValueError, OSError) as error:
+            # Raised by the loader, it keeps its type and its one line of text.
+            yield error, {}

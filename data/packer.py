@@ -83,6 +83,8 @@ class PackerConfig:
     """Share with t uniform in (0, low_t_max]; the rest are at t = sigmoid(N(0, 1)), shifted."""
     low_t_max: float = 1.0
     timestep_shift: float = 1.0
+    ce_loss_reweighting: bool = False
+    """Weighs each label by 1 / sqrt(labels of its sample): long answers count less per token."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.full_noise_fraction + self.low_t_fraction <= 1:
@@ -154,7 +156,9 @@ class Packer:
                 self.labels[self.num_tokens - 1] = segment.end_label
             if mode != "noise":
                 position += offsets[-1] + 1
-        self.label_weights += [answer_weight] * (len(self.labels) - len(self.label_weights))
+        labels = len(self.labels) - len(self.label_weights)
+        weight = labels**-0.5 if labels and self.config.ce_loss_reweighting else 1.0
+        self.label_weights += [answer_weight * weight] * labels
         if self.num_tokens > before:
             self.sample_lens.append(self.num_tokens - before)
 

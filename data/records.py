@@ -20,6 +20,9 @@ class Record:
     """Path of the first input image, relative to the data set's folder."""
     output_image: str | None
     """Of the first output image, if the line has any."""
+    input_size: tuple[int, int] | None
+    """(width, height) of the input image, if the line states them."""
+    output_size: tuple[int, int] | None
     instruction: str
     """The last human message without its `<image>` tags."""
     assessment: str | None
@@ -63,18 +66,26 @@ def parse_record(line: str | bytes, source: str) -> Record:
         last[entry["from"]] = entry["value"].replace("<image>", "").strip()
     if "human" not in last:
         raise RecordError(f"{source}: message holds no entry from `human`")
-    output = _entries(raw, "output_img", source, "path")[0]["path"] if "output_img" in raw else None
+    degraded = _entries(raw, "input_img", source, "path")[0]
+    clean = _entries(raw, "output_img", source, "path")[0] if "output_img" in raw else {}
     return Record(
         source=source,
-        input_image=_entries(raw, "input_img", source, "path")[0]["path"],
-        output_image=output,
+        input_image=degraded["path"],
+        output_image=clean.get("path"),
+        input_size=_stated_size(degraded),
+        output_size=_stated_size(clean),
         instruction=last["human"],
         assessment=last.get("gpt"),
         raw=raw,
     )
 
 
-def _entries(raw: dict[str, Any], field: str, source: str, *keys: str) -> list[dict[str, str]]:
+def _stated_size(image: dict[str, Any]) -> tuple[int, int] | None:
+    width, height = size = image.get("width", 0), image.get("height", 0)
+    return size if all(type(side) is int and side > 0 for side in size) else None
+
+
+def _entries(raw: dict[str, Any], field: str, source: str, *keys: str) -> list[dict[str, Any]]:
     """The objects of a field, each with a text under all `keys`."""
     entries, expected = raw.get(field), f"{{{', '.join(keys)}}}"
     if not isinstance(entries, list) or not entries:

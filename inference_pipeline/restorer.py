@@ -8,7 +8,6 @@ result.image.save("restored.png"); print(result.assessment)
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,12 @@ from torch import Tensor
 
 from data.config import RULES
 from data.images import to_uint8
-from data.packer import Segment, TextSegment, VitSegment
-from data.tasks import RestorationTask
+from data.packer import Segment, TextSegment
+from data.tasks import RestorationTask, filled
 from data.tokenizer import Tokenizer
 from data.transforms import ResizeRule
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.generation import Context, SamplingConfig, decode_image, sample_latents
-from modeling.geometry import token_grid
+from modeling.bagel.generation import Context, SamplingConfig, generate_image
 from modeling.pretrained import PREPROCESSOR_FILE, LoadReport, Weights, load_pretrained
 
 DEFAULT_RULES = {
@@ -70,15 +68,7 @@ class Restorer:
         return cls(model.eval(), task, report)
 
     def _context(self, segments: Iterable[Segment]) -> Context:
-        context = Context(self.model, self.task.tokenizer.special)
-        for segment in segments:
-            if isinstance(segment, TextSegment):
-                context.add_text(segment.ids)
-            elif isinstance(segment, VitSegment):
-                context.add_vit_image(segment.image_pm1)
-            else:
-                context.add_vae_image(segment.image_pm1)
-        return context
+        return filled(Context(self.model, self.task.tokenizer.special), segments)
 
     def _assess(
         self, image: Image.Image, instruction: str, text: TextConfig, generator: torch.Generator
@@ -117,18 +107,14 @@ class Restorer:
         sampling, text = sampling or SamplingConfig(), text or TextConfig()
         generator = torch.Generator().manual_seed(seed)
         prompt, context, assessment = self._assess(image, instruction, text, generator)
-        width, height = self.task.vae_rule.size(*image.size)
-        grid = token_grid((height, width), self.model.config.latent_stride)
-        shape = prod(grid), self.model.config.patch_latent_dim
-        noise = torch.randn(shape, generator=generator).to(self.model.device)
         branches = []
         if sampling.cfg_text_scale > 1:
             branches.append(self._context(s for s in prompt if not isinstance(s, TextSegment)))
             if sampling.cfg_img_scale > 1:
                 texts = [s for s in prompt if isinstance(s, TextSegment)]
                 branches.append(self._context([*texts, TextSegment(ids=assessment)]))
-        tokens = sample_latents(context, noise, grid, sampling, *branches)
-        pixels = to_uint8(decode_image(self.model, tokens, grid))
+        size = self.task.vae_rule.size(*image.size)
+        pixels = to_uint8(generate_image(context, size, sampling, generator, *branches))
         return Restoration(Image.fromarray(pixels), self.task.tokenizer.decode(assessment))
 
     @torch.inference_mode()

@@ -19,8 +19,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from data.images import read_image, to_uint8
+from data.images import read_image
 from data.records import Record, RecordError, parse_record
+from data.scores import references
 from modeling.bagel.generation import SamplingConfig
 from modeling.pretrained import MANIFEST
 
@@ -140,12 +141,12 @@ class _Batch:
             degraded, record.instruction, config.sampling, config.text, config.seed
         )
         seconds = time.perf_counter() - start
-        truth = Image.fromarray(to_uint8(self.restorer.task.vae_rule(truth_file)))
-        truth = truth.resize(restored.image.size, Image.Resampling.BICUBIC)
+        rule, size = self.restorer.task.vae_rule, restored.image.size
+        enlarged, truth = references(degraded, truth_file, rule, size)
         compared = {
             "": restored.image,
             "_ceiling": self.restorer.autoencode(truth),
-            "_input": degraded.resize(truth.size, Image.Resampling.NEAREST),
+            "_input": enlarged,
         }
         if degraded.size != truth.size:
             compared["_bicubic"] = degraded.resize(truth.size, Image.Resampling.BICUBIC)

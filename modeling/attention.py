@@ -7,6 +7,7 @@ Shape legend: S tokens, Hq query heads, Hk key heads (Hq a multiple of Hk), E he
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Protocol
 
@@ -61,34 +62,77 @@ def split_mask(split_lens: Lens, modes: Modes, device: Device) -> Tensor:
     return visible.to(device, non_blocking=True)
 
 
-class PackedAttention:
-    """Attention of a packed sequence, one `scaled_dot_product_attention` a sample.
+@dataclass(frozen=True)
+class _Queries:
+    """One split's queries, and which keys of its sample they may see."""
 
+    sample: int
+    num_keys: int
+    """Keys of the sample up to the end of the split."""
+    mask: Tensor | None
+    """(queries, num_keys) bool; None where all are seen, or where `causal` says which."""
+    causal: bool
+    constant: bool
+    """No query of the split passes on a gradient."""
+
+
+class PackedAttention:
+    """Attention of a packed sequence, one `scaled_dot_product_attention` a split.
+
+    Queries meet the keys up to the end of their split, and no mask where they see all of these.
     The cost is linear in the number of samples; masks are built once and shared by all layers.
     """
 
-    def __init__(self, sample_lens: Lens, split_lens: Lens, modes: Modes, device: Device) -> None:
-        self.sample_lens = list(sample_lens)
+    def __init__(
+        self,
+        sample_lens: Lens,
+        split_lens: Lens,
+        modes: Modes,
+        device: Device,
+        learned: Tensor | None = None,
+    ) -> None:
+        """`learned` are the places of tokens whose outputs pass on a gradient; None means all."""
+        constant = torch.full((sum(sample_lens),), learned is not None)
+        if learned is not None:
+            constant[learned.cpu()] = False
+        self.sample_lens, self.split_lens = list(sample_lens), list(split_lens)
         ends = list(accumulate(split_lens, initial=0))
         splits = [ends.index(end) for end in accumulate(sample_lens, initial=0)]
-        # Text alone needs no mask: a kernel's own causal mode is faster.
-        self.masks = [
-            split_mask(split_lens[first:last], modes[first:last], device)
-            if set(modes[first:last]) != {"causal"}
-            else None
-            for first, last in pairwise(splits)
-        ]
+        self.queries = []
+        for sample, (first, last) in enumerate(pairwise(splits)):
+            visible = split_mask(split_lens[first:last], modes[first:last], "cpu")
+            for i in range(first, last):
+                begin, end = ends[i] - ends[first], ends[i + 1] - ends[first]
+                rows = visible[begin:end, :end]
+                # A kernel's own causal mode is faster than a mask.
+                causal = begin == 0 and modes[i] == "causal"
+                mask = None if causal or rows.all() else rows.to(device, non_blocking=True)
+                without_graph = bool(constant[ends[i] : ends[i + 1]].all())
+                self.queries.append(_Queries(sample, end, mask, causal, without_graph))
 
+    @torch.compiler.disable
     def __call__(self, layer: int, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor) -> Tensor:
-        parts = [x.split(self.sample_lens) for x in (q_SHE, k_SHE, v_SHE)]
-        samples = zip(*parts, self.masks, strict=True)
-        return torch.cat([grouped_sdpa(q, k, v, mask, mask is None) for q, k, v, mask in samples])
+        keys, values = k_SHE.split(self.sample_lens), v_SHE.split(self.sample_lens)
+        parts = []
+        for q, s in zip(q_SHE.split(self.split_lens), self.queries, strict=True):
+            k, v = keys[s.sample][: s.num_keys], values[s.sample][: s.num_keys]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not s.constant):
+                parts.append(grouped_sdpa(q, k, v, s.mask, s.causal))
+        return torch.cat(parts)
 
 
 class FlexPackedAttention:
     """The same through flex attention and a block mask: one compiled kernel on a GPU."""
 
-    def __init__(self, sample_lens: Lens, split_lens: Lens, modes: Modes, device: Device) -> None:
+    def __init__(
+        self,
+        sample_lens: Lens,
+        split_lens: Lens,
+        modes: Modes,
+        device: Device,
+        learned: Tensor | None = None,
+    ) -> None:
+        """`learned` is not used: one kernel serves all tokens."""
         samples = torch.arange(len(sample_lens)).repeat_interleave(torch.tensor(sample_lens))
         sample, split, noise, both_ways = (
             x.to(device) for x in (samples, *_token_splits(split_lens, modes))
@@ -116,9 +160,17 @@ BACKENDS: dict[str, Callable[..., Attention]] = {
 
 
 def packed_attention(
-    sample_lens: Lens, split_lens: Lens, modes: Modes, device: Device, backend: str = "sdpa"
+    sample_lens: Lens,
+    split_lens: Lens,
+    modes: Modes,
+    device: Device,
+    backend: str = "sdpa",
+    learned: Tensor | None = None,
 ) -> Attention:
-    """The attention of one packed batch; `backend` is `sdpa` (everywhere) or `flex` (GPU)."""
+    """The attention of one packed batch; `backend` is `sdpa` (everywhere) or `flex` (GPU).
+
+    `learned` are the places (int64) of tokens whose outputs pass on a gradient; None means all.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is none of {sorted(BACKENDS)}")
-    return BACKENDS[backend](sample_lens, split_lens, modes, device)
+    return BACKENDS[backend](sample_lens, split_lens, modes, device, learned)

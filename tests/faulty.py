@@ -99,7 +99,8 @@ def ended(*args: Any, **options: Any) -> tuple[list[int], list[str]]:
 
 def words(common: tuple[Path, Path], folder: Path, **changes: Any) -> list[str]:
     """A command line of the entry point."""
-    args = run_arguments(*common, folder, **({"num_workers": 0} | changes))
+    quick = {"num_workers": 0, "enable_tensorboard": False}
+    args = run_arguments(*common, folder, **(quick | changes))
     return [f"--{name}={args.flat()[name]}" for name in args.sources if name in args.flat()]
 
 
@@ -165,7 +166,7 @@ def killed_after(seconds: float) -> None:
 
 
 def killed_in_save(step: int, stage: int, told: Path | None = None) -> None:
-    """SIGKILL before a stage of the save of `step`; the stages are appended to `told`.
+    """SIGKILL before a stage of the save of `step`; `told` gets all of them.
 
     A stage is a change of a file that is of another kind than the change before.
     """
@@ -255,7 +256,7 @@ def with_nan(batch: PackedBatch) -> PackedBatch:
 
 
 def told_samples(folder: Path) -> None:
-    """Appends step and samples of every step to a file of this rank in `folder`."""
+    """Appends number and samples of every step to a file of this rank in `folder`."""
     count = Trainer.global_counts
 
     def changed(self: Trainer, batches: list[PackedBatch]) -> dict[str, float]:

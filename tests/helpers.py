@@ -199,6 +199,7 @@ def run_arguments(checkpoint: Path, mixture: Path, run: Path, **changes: Any) ->
         "expected_num_tokens": 100,
         "max_num_tokens": 300,
         "max_num_tokens_per_sample": 200,
+        "num_workers": 0,
         "warmup_steps": 2,
         "total_steps": 4,
         "lr": 1e-3,

@@ -1,5 +1,6 @@
 """Runs a function on gloo ranks, as torchrun would."""
 
+import os
 import pickle
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,6 +23,8 @@ def _one_rank(
     rank: int, world_size: int, function: Callable[..., Any], folder: Path, args: tuple
 ) -> None:
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
+    os.environ["DS_BUILD_OPS"] = "0"
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",

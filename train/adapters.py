@@ -3,7 +3,6 @@
 import math
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from .arguments import ModelArguments
@@ -14,8 +13,12 @@ A, B, BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer"
 def add_adapters(model: nn.Module, args: ModelArguments) -> None:
     """Puts adapters on every `lora_targets` projection of both experts, on the meta device.
 
-    Raises ValueError when there is no such projection.
+    Raises ValueError when there is no such projection, or without peft.
     """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError("lora_rank needs: pip install 'bagel-restore[lora]'") from error
     targets = "|".join(name.strip() for name in args.lora_targets.split(","))
     config = LoraConfig(
         r=args.lora_rank,

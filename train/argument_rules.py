@@ -55,7 +55,6 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("sharding_strategy", *_one_of(*STRATEGIES)),
     ("backward_prefetch", *_one_of("BACKWARD_PRE", "BACKWARD_POST", None)),
     ("zero_stage", *_one_of(1, 2, 3)),
-    ("save_dtype", *_one_of(None, "float32", "bfloat16")),
     ("attention_backend", *_one_of("sdpa", "flex")),
     ("lr_scheduler", *_one_of("constant", "cosine")),
     ("pixel_loss_type", *_one_of("l1", "l2", "mse")),

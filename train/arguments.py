@@ -134,8 +134,6 @@ class TrainingArguments:
     """Random initial weights (configs, tokenizer and autoencoder still from `model_path`)."""
     copy_init_moe: bool = True
     """From scratch: the generation expert starts as a copy of the understanding expert."""
-    allow_config_change: bool = False
-    """Resume although the run was saved with other arguments."""
     dry_run: bool = False
     """Check everything that can be known before the first step, print it and exit."""
     log_every: int = 10
@@ -146,9 +144,6 @@ class TrainingArguments:
     """Write checkpoints while training goes on."""
     max_save_failures: int = 3
     """Failed saves in a row after which the run ends."""
-    save_dtype: str | None = None
-    """Floating-point type of the weights that are saved for inference: `float32` (the same as
-    None) or `bfloat16`."""
     total_steps: int = 500_000
     """Optimizer steps of the whole run."""
     gradient_accumulation_steps: int = 1

@@ -5,6 +5,7 @@ optimizer and the EMA work on. A gradient is a sum over all ranks: losses are su
 denominator.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -90,7 +91,7 @@ class Backend:
 
     def place(self, tensors: Tensors) -> None:
         """Allocates the model on its device and fills it."""
-        self.model.to_empty(device=self.device)
+        _allocate(self.model, self.device)
         self.load(tensors)
 
     def build_optimizer(self) -> torch.optim.AdamW:
@@ -113,11 +114,13 @@ class Backend:
         return torch.optim.AdamW(groups, betas=betas, eps=args.eps, weight_decay=0.0, fused=True)
 
     def forward(self, batch: PackedBatch, **options: Any) -> dict[str, LossTerm]:
-        with self.autocast():
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocasts):
             return self.model(batch, complete=True, **options)
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
+    @property
+    def autocasts(self) -> bool:
+        """Else weights arrive in bfloat16, and activations follow them."""
+        return self.args.bf16
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds the loss's gradient; `last` of the step's micro-batches."""
@@ -188,6 +191,8 @@ class FSDPBackend(Backend):
     sharded.
     """
 
+    autocasts = False
+
     def place(self, tensors: Tensors) -> None:
         model, args = self.model, self.args
         self.shards = (mesh := make_mesh(self.device.type, args))["shard"].get_group()
@@ -197,7 +202,9 @@ class FSDPBackend(Backend):
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             ),
-            "offload_policy": CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+            if args.cpu_offload
+            else OffloadPolicy(),
         }
         again = args.sharding_strategy != "SHARD_GRAD_OP"
         for block in blocks(model):
@@ -208,14 +215,10 @@ class FSDPBackend(Backend):
         vae = set(model.vae.parameters()) if model.config.vae is not None else set()
         fully_shard(model, reshard_after_forward=False, ignored_params=vae, **options)
         register_fsdp_forward_method(model, "call")
-        model.to_empty(device="cpu" if args.cpu_offload else self.device)
+        _allocate(model, torch.device("cpu") if args.cpu_offload else self.device)
         if args.cpu_offload:
             _buffers_to(model, self.device)
         self.load(tensors)
-
-    def autocast(self) -> torch.autocast:
-        # Weights arrive in bfloat16, and activations follow them.
-        return torch.autocast(self.device.type, enabled=False)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         # FSDP2 averages over ranks.
@@ -229,6 +232,8 @@ class DeepSpeedBackend(Backend):
     autocast. Whether a step is skipped is decided on the device here too, but the engine looks at
     the norm on the host.
     """
+
+    autocasts = False
 
     def build_optimizer(self) -> torch.optim.AdamW:
         # Only here: it is an extra, slow to import, and sets up its accelerator.
@@ -332,7 +337,7 @@ def deepspeed_config(args: TrainingArguments, device: torch.device) -> dict[str,
     ours = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "gradient_clipping": args.max_grad_norm,
+        "gradient_clipping": 0.0 if math.isinf(args.max_grad_norm) else args.max_grad_norm,
         "bf16": {"enabled": args.bf16},
         # Without it the engine switches off autocast inside of the model.
         "torch_autocast": {"enabled": args.bf16, "dtype": "bfloat16"},
@@ -402,6 +407,12 @@ def _slice_like(whole: Tensor, weight: Tensor) -> Tensor:
         weight.shape, weight.device_mesh, weight.placements
     )
     return whole[tuple(slice(o, o + n) for n, o in zip(shape, offset, strict=True))]
+
+
+def _allocate(model: Bagel, device: torch.device) -> None:
+    model.to_empty(device=device)
+    if model.config.llm.tie_word_embeddings:  # which that has made two
+        model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
 
 
 def _buffers_to(model: Bagel, device: torch.device) -> None:

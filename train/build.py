@@ -1,6 +1,6 @@
 """Arguments -> objects, in one visible order."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -15,22 +15,25 @@ from modeling.bagel.losses import CrossEntropy, LossSet, PixelTerm, SSIMTerm, Te
 from modeling.pretrained import (
     MANIFEST,
     SETTINGS,
+    VAE_FILE,
     LoadReport,
     Weights,
     load_architecture,
     open_pretrained,
+    weight_files,
 )
 
 from .adapters import BASE, add_adapters, initial_adapters
 from .arguments import RunArguments, TrainingArguments
 from .backends import make_backend
 from .checkpoint import load_state, newest_good, step_folders, verify
-from .distributed import all_reduce, local_device, rank
+from .distributed import all_reduce, local_device, rank, world_size
 from .ema import EMA
 from .guard import Guard
 from .optim import apply_freeze_plan
 from .telemetry import Telemetry
 from .trainer import Trainer
+from .validation import Validation, first_pairs
 
 
 def build_trainer(args: RunArguments) -> Trainer:
@@ -76,6 +79,8 @@ def build_trainer(args: RunArguments) -> Trainer:
             training.max_nonfinite_steps, training.spike_sigma, training.spike_warmup_steps, device
         ),
     )
+    if training.enable_validation and training.val_every:
+        trainer.validation = build_validation(trainer)
     if folder is not None:
         load_state(folder, trainer)
         if rank() == 0:
@@ -138,9 +143,11 @@ def open_model(
         model = load_architecture(source, overrides)
         model.init_weights(args.training.copy_init_moe)
         report = f"RANDOM weights in the sizes of {source} (init_from_scratch)"
-        return model.to("meta"), model.state_dict(), report
+        tensors = model.state_dict()
+        return model.to("meta"), tensors, report
+    files = weight_files(source, weights)
     if (source / MANIFEST).exists():
-        verify(source)
+        verify(source, [p.name for p in (*files, source / VAE_FILE, *source.glob("*_config.json"))])
     return open_pretrained(source, weights, overrides=overrides, verify=False)
 
 
@@ -175,11 +182,47 @@ def build_terms(args: TrainingArguments) -> list[tuple[Term, float]]:
 
 
 def build_loader(args: RunArguments, model: Bagel, source: Path) -> PackedLoader:
-    data, config = args.data, model.config
+    """This rank's batches. Raises ValueError without a mixture."""
+    data = args.data
     if data.dataset_config_file is None:
         raise ValueError("--dataset_config_file is needed: a YAML data mixture")
+    loader = LoaderConfig(**{f.name: getattr(data, f.name) for f in fields(LoaderConfig)})
+    mixture = load_mixture(data.dataset_config_file, data.data_root)
+    packer = packer_config(args, model)
+    return PackedLoader(mixture, loader, packer, Tokenizer(source), rank(), world_size())
+
+
+def build_validation(trainer: Trainer) -> Validation:
+    """Packs and pairs of `val_dataset_config_file`, the same on every rank and at every step."""
+    args, training, model = trainer.args, trainer.args.training, trainer.model
+    mixture = load_mixture(Path(str(training.val_dataset_config_file)), args.data.data_root)
+    tokenizer = Tokenizer(trainer.source)
+    values = {f.name: getattr(args.data, f.name) for f in fields(LoaderConfig)}
+    loader = LoaderConfig(**values | {"num_workers": 0})
+    packer = replace(
+        packer_config(args, model),
+        text_cond_dropout_prob=0.0,
+        vae_cond_dropout_prob=0.0,
+        vit_cond_dropout_prob=0.0,
+    )
+    return Validation(
+        model=model,
+        packs=PackedLoader(mixture, loader, packer, tokenizer),
+        pairs=first_pairs(mixture, tokenizer, training.val_images),
+        weights=trainer.weights,
+        run_folder=trainer.run,
+        device=trainer.backend.device,
+        steps=training.val_steps,
+        num_timesteps=training.val_num_timesteps,
+        seed=training.global_seed,
+        bf16=trainer.backend.autocasts,
+    )
+
+
+def packer_config(args: RunArguments, model: Bagel) -> PackerConfig:
+    data, config = args.data, model.config
     gates = [term.max_t for term in model.losses.pixel_terms]
-    packer = PackerConfig(
+    return PackerConfig(
         latent_stride=config.latent_stride,
         max_latent_size=config.max_latent_size,
         vit_patch_size=config.vit_patch,
@@ -192,7 +235,5 @@ def build_loader(args: RunArguments, model: Bagel, source: Path) -> PackedLoader
         low_t_fraction=args.training.pixel_space_t_fraction,
         low_t_max=max(gates, default=1.0),
         timestep_shift=config.timestep_shift,
+        ce_loss_reweighting=args.training.ce_loss_reweighting,
     )
-    loader = LoaderConfig(**{f.name: getattr(data, f.name) for f in fields(LoaderConfig)})
-    mixture = load_mixture(data.dataset_config_file, data.data_root)
-    return PackedLoader(mixture, loader, packer, Tokenizer(source))

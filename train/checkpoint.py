@@ -10,7 +10,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import count
@@ -61,13 +61,14 @@ def step_folders(run: Path) -> list[Path]:
     return sorted((p for p in complete if STEP_FOLDER.fullmatch(p.name)), key=lambda p: int(p.name))
 
 
-def verify(folder: Path) -> None:
-    """Checks the hash of every file, the ranks some files each. Raises DamagedError on all."""
+def verify(folder: Path, names: Collection[str] = ()) -> None:
+    """Checks the hashes of those files, or of all, the ranks some each. Raises DamagedError on all
+    ranks."""
     error = None
     try:
-        names = sorted(read_json(folder / MANIFEST))
-        # A rank without files of its own still checks that the folder is complete.
-        verify_manifest(folder, names[rank() :: world_size()] or [MANIFEST])
+        checked = sorted(names or read_json(folder / MANIFEST))
+        # A rank without files of its own still sees whether there is a manifest.
+        verify_manifest(folder, checked[rank() :: world_size()] or [MANIFEST])
     except DamagedError as found:
         error = found
     first_error(error)
@@ -283,9 +284,10 @@ class Saver:
         if final.exists():
             _drop(final)
         staging.rename(final)
-        best = {f"{step:07d}" for step in self.trainer.best_steps()}
-        for old in step_folders(self.run)[: -self.args.max_checkpoints]:
-            if old.name not in best:
+        folders = step_folders(self.run)
+        best = self.trainer.best_steps([int(folder.name) for folder in folders])
+        for old in folders[: -self.args.max_checkpoints]:
+            if int(old.name) not in best:
                 _drop(old)
 
     def finish(self) -> bool:

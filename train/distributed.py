@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,7 @@ def process_group(device: torch.device, timeout: float, wanted: bool = False) ->
         return
     alone: dict[str, Any] = {}
     if "RANK" not in os.environ:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(
         "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
@@ -161,7 +163,7 @@ class HangWatch:
 
     def alive(self) -> None:
         if self.timeout > 0:
-            faulthandler.dump_traceback_later(self.timeout, exit=True)
+            faulthandler.dump_traceback_later(self.timeout, exit=True, file=sys.__stderr__ or 2)
 
 
 @contextmanager

@@ -78,5 +78,5 @@ def lr_at(step: int, base: float, args: TrainingArguments) -> float:
     if args.lr_scheduler == "constant":
         return base
     done = (step - args.warmup_steps) / max(1, args.total_steps - args.warmup_steps)
-    floor = min(args.min_lr, base)
-    return floor + (base - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    floor = min(1.0, args.min_lr / base)
+    return base * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))

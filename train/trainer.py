@@ -1,7 +1,7 @@
 """The training loop. One step fits on one screen and knows no loss and no model by name."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,12 +15,15 @@ from modeling.batch import PackedBatch
 from .arguments import RunArguments
 from .backends import Backend
 from .checkpoint import Saver
-from .distributed import HangWatch, StopRequest, rank, sum_over_ranks, world_size
+from .distributed import HangWatch, StopRequest, rank, sum_over_ranks
 from .ema import EMA
+from .flops import batch_totals, peak_flops
 from .guard import Guard
-from .metrics import Metrics
+from .metrics import Metrics, read_lines
 from .optim import lr_at
+from .sinks import build_sinks
 from .telemetry import Telemetry
+from .validation import Validation, best
 
 
 class Stopped(Exception):
@@ -41,6 +44,7 @@ class Trainer:
     """Weight of every loss term."""
     telemetry: Telemetry
     guard: Guard
+    validation: Validation | None = None
     step: int = 0
     saver: Saver = field(init=False)
 
@@ -57,15 +61,17 @@ class Trainer:
 
     def fit(self) -> None:
         """Raises Stopped after a signal, NonFiniteError and SaveError when going on is useless."""
-        args = self.args.training
-        batches, retry = iter(self.loader), 0
+        args, retry = self.args.training, 0
+        sinks = build_sinks(args, self.run, self.step)
+        peak = peak_flops(self.backend.device, args.peak_tflops)
+        path = self.run / "metrics.jsonl"
         with (
             StopRequest() as stop,
             HangWatch(args.hang_timeout) as watch,
-            Metrics(self.run / "metrics.jsonl", self.step, args.total_steps) as metrics,
+            Metrics(path, self.step, args.total_steps, sinks, peak) as metrics,
         ):
             while self.step < args.total_steps:
-                self.train_step(batches, metrics)
+                self.train_step(iter(self.loader), metrics)
                 self.step += 1
                 watch.alive()
                 last = self.step == args.total_steps
@@ -74,22 +80,32 @@ class Trainer:
                 if failed and not self.saver.finish():
                     retry = self.step + args.log_every
                 if self.step % args.log_every == 0 or last or stopped:
-                    for name, value in self.guard.end_window().items():
-                        metrics.add(name, value)
-                    self.telemetry.end_window(metrics.log(self.step))
+                    self.log(metrics)
+                if self.validation and (self.step % args.val_every == 0 or last):
+                    with metrics.pause():
+                        self.validation.run(self.step, self.ema, sinks)
                 if self.step % args.save_every == 0 or last or stopped or self.step == retry:
-                    self.save(wait=bool(last or stopped or not args.async_save))
-                    watch.alive()
+                    with metrics.pause():
+                        self.save(wait=bool(last or stopped or not args.async_save))
+                watch.alive()
                 if stopped and not last:
                     raise Stopped(f"a signal came; saved at step {self.step}")
+
+    def log(self, metrics: Metrics) -> None:
+        """One log line; the only place where the host waits for the device."""
+        for name, value in self.guard.end_window().items():
+            metrics.add(name, value)
+        for name, count in self.loader.counts.items():
+            metrics.add(f"samples/{name}", count)
+        metrics.add("total_samples", sum(self.loader.counts.values()))
+        self.telemetry.end_window(metrics.log(self.step))
 
     def train_step(self, batches: Iterator[PackedBatch], metrics: Metrics) -> None:
         """Fetch, count, forward, weigh, backward, clip, judge, step, average."""
         args, backend = self.args.training, self.backend
-        micro_batches = [
-            next(batches).to(backend.device, non_blocking=True)
-            for _ in range(args.gradient_accumulation_steps)
-        ]
+        with metrics.wait():
+            fetched = [next(batches) for _ in range(args.gradient_accumulation_steps)]
+        micro_batches = [batch.to(backend.device, non_blocking=True) for batch in fetched]
         counts = self.global_counts(micro_batches)
         # A count of 0 comes with a sum of exactly 0.
         scales = {name: self.weights[name] / (count or 1.0) for name, count in counts.items()}
@@ -106,13 +122,14 @@ class Trainer:
             for name, term in terms.items():
                 metrics.add(name, term.sum, term.count)
                 metrics.add(f"{name}_weighted", self.weights[name] * term.sum, term.count)
-            metrics.add("tokens", batch.num_tokens, 1 / (len(micro_batches) * world_size()))
+            metrics.add_totals(batch_totals(self.model.config, batch, args.freeze_vit))
             self.telemetry.add(self.step, batch, terms)
             found.append(terms)
         norm = backend.clip(args.max_grad_norm)
         skip = self.guard.judge(self.step, norm, micro_batches, found)
         self.telemetry.end_step(metrics, backend.device)
         metrics.add("total_norm", norm)
+        metrics.add("lr", lr_at(self.step, args.lr, args))
         for group in backend.optimizer.param_groups:
             group["lr"] = lr_at(self.step, group["base_lr"], args)
             metrics.add(f"lr_{group['name']}", group["lr"])
@@ -165,6 +182,8 @@ class Trainer:
         while wait and not self.saver.finish():
             self.saver.start()
 
-    def best_steps(self) -> set[int]:
-        """Steps whose folders are kept for their validation metrics."""
-        return set()
+    def best_steps(self, saved: Collection[int]) -> set[int]:
+        """Of the saved steps the best by each of `best_metrics`."""
+        names = self.args.training.best_metrics.replace(",", " ").split()
+        history = read_lines(self.run / "validation.jsonl") if names else []
+        return set(best(history, names, saved).values())

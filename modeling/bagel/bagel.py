@@ -6,7 +6,7 @@ M latent tokens of target images.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from .modeling_utils import MLPConnector, PositionEmbedding, TimestepEmbedder
 from .qwen2_navit import ExpertOrder, Qwen2ForCausalLM
 from .siglip_navit import SiglipNavitModel
 
+T = TypeVar("T")
 ENCODED_PIXELS = 1024 * 1024
 """Pixels that the encoder sees at one time, or one image if that is larger."""
 
@@ -176,8 +177,9 @@ class Bagel(nn.Module):
         """(S, d) hidden states of a packed batch after the final norms."""
         layout = batch.sample_lens, batch.split_lens, batch.attn_modes
         device, backend = batch.position_ids.device, self.config.attention_backend
-        attention = packed_attention(*layout, device, backend)
         gen = None if batch.vae is None else batch.vae.indexes
+        learned = gen if self.config.freeze_und else None
+        attention = packed_attention(*layout, device, backend, learned)
         return self.decode_tokens(self.embed(batch, flow), batch.position_ids, gen, attention)
 
     def completed(self, batch: PackedBatch) -> PackedBatch:
@@ -216,9 +218,9 @@ class Bagel(nn.Module):
             clean=flow.z0[target],
         )
 
-    def call(self, fn: Callable[..., Any], *args: Any) -> Any:
-        """fn(self, *args) as a forward pass, so that the hooks of a sharded model run."""
-        return fn(self, *args)
+    def call(self, function: Callable[..., T], *args: Any) -> T:
+        """`function(self, *args)`: hooks of a sharded model run as for `forward`."""
+        return function(self, *args)
 
     def forward(
         self,

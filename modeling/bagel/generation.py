@@ -8,6 +8,7 @@ Shape legend: n new tokens, L latent tokens, D numbers in a latent token, Hk key
 
 import math
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import torch
@@ -263,3 +264,22 @@ def decode_image(model: Bagel, tokens_LD: Tensor, grid: tuple[int, int]) -> Tens
     """Image (3, H, W) float32, nominally in [-1, 1], unclamped, of latent tokens."""
     latent = unpatchify(tokens_LD, *grid, model.config.latent_patch_size)
     return model.vae.decode(latent[None])[0]
+
+
+@torch.no_grad()
+def generate_image(
+    context: Context,
+    size: tuple[int, int],
+    config: SamplingConfig,
+    generator: torch.Generator,
+    *branches: Context,
+) -> Tensor:
+    """Image (3, height, width) float32, nominally in [-1, 1], of `size` (width, height).
+
+    Noise is drawn from the CPU `generator`; `branches` are guidance contexts of `sample_latents`.
+    """
+    model, (width, height) = context.model, size
+    grid = token_grid((height, width), model.config.latent_stride)
+    noise = torch.randn(prod(grid), model.config.patch_latent_dim, generator=generator)
+    tokens = sample_latents(context, noise.to(model.device), grid, config, *branches)
+    return decode_image(model, tokens, grid)

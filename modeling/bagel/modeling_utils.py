@@ -1,6 +1,7 @@
 """Small parts of BAGEL: position table, time embedder, connector."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from transformers.activations import ACT2FN
 TIME_FREQUENCIES = 128
 MAX_PERIOD = 10_000.0
 Rope = tuple[Tensor, Tensor]
-"""Cosines and sines (S, 1, E) float32 of S tokens and head size E."""
+"""Cosines and sines (S, 1, E) float32 of S tokens and head size E, the same in both halves."""
 
 
 def _sin_cos(position: Tensor, channels: int) -> Tensor:
@@ -26,12 +27,27 @@ def sin_cos_table(side: int, channels: int) -> Tensor:
     return torch.cat([_sin_cos(index % side, half), _sin_cos(index // side, half)], dim=1).float()
 
 
+class _Rotate(torch.autograd.Function):
+    """The backward of a rotation is the rotation back; nothing but the angles is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        x, half = x_SHE.float(), x_SHE.shape[-1] // 2
+        out = x * cos
+        out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return out.to(x_SHE.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Rotate.apply(grad, cos, -sin), None, None
+
+
 def apply_rope(x_SHE: Tensor, rope: Rope) -> Tensor:
     """Half-rotation of every head by the angles of its token, computed in float32."""
-    cos, sin = rope
-    x = x_SHE.float()
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x_SHE.dtype)
+    return _Rotate.apply(x_SHE, *rope)
 
 
 class PositionEmbedding(nn.Module):

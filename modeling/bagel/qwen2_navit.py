@@ -1,8 +1,8 @@
 """Packed Qwen2 decoder with one expert, two MLP experts (MoE) or two full experts (MoT).
 
-Inside the decoder tokens stand in *expert order*: all understanding tokens first, then all
-generation tokens, so that each expert works on one contiguous block and nothing is scattered.
-Only attention returns to sequence order.
+Inside the decoder tokens stand in two blocks, understanding and generation tokens, so that each
+expert works on contiguous memory and nothing is scattered. Only attention returns to sequence
+order.
 
 Shape legend: S tokens, d hidden size, Hq query heads, Hk key heads, E head size.
 """
@@ -12,26 +12,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
+from torch.autograd.function import once_differentiable
+from transformers import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from ..attention import Attention
 from .config import BagelConfig
 from .modeling_utils import Rope, apply_rope
 
 GEN = "_moe_gen"
+Blocks = tuple[Tensor, Tensor]
+"""The rows of the understanding tokens and of the generation tokens, each in sequence order."""
+RopeBlocks = tuple[Blocks, Blocks]
+"""Cosines and sines of both blocks."""
 
 
 @dataclass(frozen=True)
 class ExpertOrder:
-    """The permutation between sequence order and expert order."""
+    """Which tokens of the sequence belong to which expert."""
 
-    order: Tensor
-    """(S,) int64: sequence place of each token in expert order."""
-    inverse: Tensor
-    """(S,) int64: expert-order place of each token of the sequence."""
-    sizes: tuple[int, int]
-    """Number of understanding and of generation tokens."""
+    und: Tensor
+    """int64 places of the understanding tokens, ascending."""
+    gen: Tensor
+    """int64 places of the generation tokens, ascending."""
 
     @classmethod
     def of(cls, num_tokens: int, gen_indexes: Tensor | None, device: torch.device) -> "ExpertOrder":
@@ -41,29 +46,75 @@ class ExpertOrder:
             is_gen[gen_indexes] = 1
             num_gen = len(gen_indexes)
         order = is_gen.argsort(stable=True)
-        return cls(order, order.argsort(), (num_tokens - num_gen, num_gen))
+        return cls(order[: num_tokens - num_gen], order[num_tokens - num_gen :])
 
-    def to_experts(self, x: Tensor) -> Tensor:
-        """(S, ...) in sequence order -> expert order."""
-        return _Permute.apply(x, self.order, self.inverse)
+    def split(self, x: Tensor) -> Blocks:
+        """(S, ...) in sequence order -> blocks."""
+        return _Split.apply(x, self.und, self.gen)
 
-    def to_sequence(self, x: Tensor) -> Tensor:
-        """(S, ...) in expert order -> sequence order."""
-        return _Permute.apply(x, self.inverse, self.order)
+    def join(self, blocks: Blocks) -> Tensor:
+        """Blocks -> (S, ...) in sequence order."""
+        return _Join.apply(*blocks, self.und, self.gen)
 
 
-class _Permute(torch.autograd.Function):
-    """Rows in another order. The backward of a permutation is a gather, not a scatter-add."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order, inverse)
-        return x.index_select(0, order)
+class _Split(torch.autograd.Function):
+    """The backward of taking every row once is a copy, not a sum into zeros."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        order, inverse = ctx.saved_tensors
-        return _Permute.apply(grad, inverse, order), None, None
+    def forward(ctx: Any, x: Tensor, und: Tensor, gen: Tensor) -> Blocks:
+        ctx.save_for_backward(und, gen)
+        return x.index_select(0, und), x.index_select(0, gen)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _Join.apply(*grads, *ctx.saved_tensors), None, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_und: Tensor, x_gen: Tensor, und: Tensor, gen: Tensor) -> Tensor:
+        ctx.save_for_backward(und, gen)
+        out = x_und.new_empty(len(und) + len(gen), *x_und.shape[1:])
+        return out.index_copy_(0, und, x_und).index_copy_(0, gen, x_gen)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        both = zip(ctx.needs_input_grad, ctx.saved_tensors, strict=False)
+        return *(grad.index_select(0, place) if need else None for need, place in both), None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, which keeps its two inputs only and computes silu again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+class MLP(Qwen2MLP):
+    def __init__(self, config: Qwen2Config) -> None:
+        super().__init__(config)
+        if config.hidden_act != "silu":
+            raise ValueError(f"hidden_act {config.hidden_act!r} in llm_config.json is not silu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class RMSNorm(nn.RMSNorm):
+    """Fused, with float32 sums, also where autocast mixes the dtypes of input and weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        out = F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps)
+        return out.to(x.dtype)
 
 
 def rope_tables(position_ids: Tensor, theta: float, head_dim: int) -> Rope:
@@ -95,29 +146,24 @@ class Experts(nn.Module):
 
     def add_norms(self, name: str, size: int, eps: float, suffixes: tuple[str, ...]) -> None:
         for s in suffixes:
-            self.add_module(name + s, Qwen2RMSNorm(size, eps))
+            self.add_module(name + s, RMSNorm(size, eps))
 
     def per_expert(
-        self,
-        run: Callable[[str, Tensor], Tensor],
-        tokens: ExpertOrder,
-        x: Tensor,
-        suffixes: tuple[str, ...],
-    ) -> Tensor:
-        """Concatenates `run(suffix, block)` over the experts' blocks of x (S, ...)."""
-        if len(suffixes) == 1:
-            return run(suffixes[0], x)
-        und, gen = x.split(list(tokens.sizes))
+        self, run: Callable[..., Tensor], suffixes: tuple[str, ...], *blocks: Blocks
+    ) -> Blocks:
+        """`run(suffix, *rows)` of either expert; a single expert runs on both blocks."""
+        und_rows, gen_rows = zip(*blocks, strict=True)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_und):
-            und = run(suffixes[0], und)
-        return torch.cat([und, run(suffixes[1], gen)])
+            und = run(suffixes[0], *und_rows)
+        # In training an empty block runs too: its weights then get zero gradients, not None.
+        if len(gen_rows[0]) == 0 and not torch.is_grad_enabled():
+            return und, und[:0]
+        return und, run(suffixes[-1], *gen_rows)
 
-    def each(
-        self, name: str, tokens: ExpertOrder, x: Tensor, suffixes: tuple[str, ...] | None = None
-    ) -> Tensor:
-        """Every expert's own submodule `name` + suffix on its block of x (S, ...)."""
+    def each(self, name: str, x: Blocks, suffixes: tuple[str, ...] | None = None) -> Blocks:
+        """Every expert's own submodule `name` + suffix on its block."""
         return self.per_expert(
-            lambda s, part: self.get_submodule(name + s)(part), tokens, x, suffixes or self.suffixes
+            lambda s, part: self.get_submodule(name + s)(part), suffixes or self.suffixes, x
         )
 
 
@@ -125,34 +171,36 @@ class ExpertAttention(Experts):
     def __init__(self, config: BagelConfig) -> None:
         super().__init__(config)
         llm, self.head_dim, self.qk_norm = config.llm, config.head_dim, config.qk_norm
-        self.heads = (llm.num_attention_heads, *[llm.num_key_value_heads] * 2)
+        heads = (llm.num_attention_heads, *[llm.num_key_value_heads] * 2)
         for s in self.suffixes:
-            for name, heads in zip("qkv", self.heads, strict=True):
-                projection = nn.Linear(llm.hidden_size, heads * self.head_dim)
+            for name, count in zip("qkv", heads, strict=True):
+                projection = nn.Linear(llm.hidden_size, count * self.head_dim)
                 self.add_module(f"{name}_proj{s}", projection)
-            output = nn.Linear(self.heads[0] * self.head_dim, llm.hidden_size, bias=False)
+            output = nn.Linear(heads[0] * self.head_dim, llm.hidden_size, bias=False)
             self.add_module(f"o_proj{s}", output)
         if self.qk_norm:
             for name in ("q_norm", "k_norm"):
                 self.add_norms(name, self.head_dim, llm.rms_norm_eps, self.suffixes)
 
-    def _qkv(self, suffix: str, x: Tensor) -> Tensor:
-        q, k, v = (
-            self.get_submodule(f"{name}_proj{suffix}")(x).unflatten(1, (-1, self.head_dim))
-            for name in "qkv"
-        )
-        if self.qk_norm:
-            q = self.get_submodule(f"q_norm{suffix}")(q)
-            k = self.get_submodule(f"k_norm{suffix}")(k)
-        return torch.cat([q, k.to(q.dtype), v.to(q.dtype)], dim=1)
+    def _heads(self, name: str, x: Blocks, rope: RopeBlocks) -> Blocks:
+        """(n, heads, E) queries, keys or values of either expert, normed and rotated."""
+
+        def run(suffix: str, part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            out = self.get_submodule(f"{name}_proj{suffix}")(part).unflatten(1, (-1, self.head_dim))
+            if name == "v":
+                return out
+            if self.qk_norm:
+                out = self.get_submodule(f"{name}_norm{suffix}")(out)
+            return apply_rope(out, (cos, sin))
+
+        return self.per_expert(run, self.suffixes, x, *rope)
 
     def forward(
-        self, x_Sd: Tensor, rope: Rope, tokens: ExpertOrder, attention: Attention, layer: int
-    ) -> Tensor:
-        qkv = tokens.to_sequence(self.per_expert(self._qkv, tokens, x_Sd, self.suffixes))
-        q, k, v = qkv.split(self.heads, dim=1)
-        out = attention(layer, apply_rope(q, rope), apply_rope(k, rope), v).flatten(1)
-        return self.each("o_proj", tokens, tokens.to_experts(out))
+        self, x: Blocks, rope: RopeBlocks, tokens: ExpertOrder, attention: Attention, layer: int
+    ) -> Blocks:
+        q, k, v = (tokens.join(self._heads(name, x, rope)) for name in "qkv")
+        out = attention(layer, q, k, v).flatten(1)
+        return self.each("o_proj", tokens.split(out))
 
 
 class DecoderLayer(Experts):
@@ -165,15 +213,17 @@ class DecoderLayer(Experts):
         for norm in ("input_layernorm", "post_attention_layernorm"):
             self.add_norms(norm, llm.hidden_size, llm.rms_norm_eps, self.suffixes)
         for s in self.mlp_suffixes:
-            self.add_module(f"mlp{s}", Qwen2MLP(llm))
+            self.add_module(f"mlp{s}", MLP(llm))
 
     def forward(
-        self, x_Sd: Tensor, rope: Rope, tokens: ExpertOrder, attention: Attention, layer: int
-    ) -> Tensor:
-        normed = self.each("input_layernorm", tokens, x_Sd)
-        x = x_Sd + self.self_attn(normed, rope, tokens, attention, layer)
-        normed = self.each("post_attention_layernorm", tokens, x)
-        return x + self.each("mlp", tokens, normed, self.mlp_suffixes)
+        self, x: Blocks, rope: RopeBlocks, tokens: ExpertOrder, attention: Attention, layer: int
+    ) -> Blocks:
+        """Blocks (n, d) -> blocks (n, d)."""
+        normed = self.each("input_layernorm", x)
+        attended = self.self_attn(normed, rope, tokens, attention, layer)
+        x = x[0] + attended[0], x[1] + attended[1]
+        out = self.each("mlp", self.each("post_attention_layernorm", x), self.mlp_suffixes)
+        return x[0] + out[0], x[1] + out[1]
 
 
 class Qwen2Model(Experts):
@@ -191,11 +241,13 @@ class Qwen2Model(Experts):
         self, x_Sd: Tensor, position_ids: Tensor, tokens: ExpertOrder, attention: Attention
     ) -> Tensor:
         """(S, d) input embeddings -> (S, d) after the final norms, both in sequence order."""
-        rope = rope_tables(position_ids, self.rope_theta, self.head_dim)
-        x = tokens.to_experts(x_Sd)
+        cos, sin = rope_tables(position_ids, self.rope_theta, self.head_dim)
+        rope = tokens.split(cos), tokens.split(sin)
+        und, gen = tokens.split(x_Sd)
+        x = und.detach() if self.freeze_und else und, gen
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, tokens, attention, i)
-        return tokens.to_sequence(self.each("norm", tokens, x, self.mlp_suffixes))
+        return tokens.join(self.each("norm", x, self.mlp_suffixes))
 
 
 class Qwen2ForCausalLM(nn.Module):

@@ -23,7 +23,7 @@ SIZES = {"expected_num_tokens": 150, "max_num_tokens": 300, "max_num_tokens_per_
 
 def loader(checkpoint: Path, mixture: Path, dropout: float = 0.3, **changes: int) -> PackedLoader:
     packing = packer_config(tiny_config(), vae_cond_dropout_prob=dropout)
-    config = LoaderConfig(**(SIZES | changes))
+    config = LoaderConfig(**({"num_workers": 0} | SIZES | changes))
     return PackedLoader(load_mixture(mixture), config, packing, Tokenizer(checkpoint))
 
 
@@ -83,7 +83,8 @@ def test_resumption_gives_identical_batches(checkpoint, mixture, steps):
 def test_the_stream_does_not_depend_on_the_pack_size(checkpoint, mixture):
     streams = []
     for sizes in ((1, 120), (150, 300), (500, 500)):
-        packs = loader(checkpoint, mixture, expected_num_tokens=sizes[0], max_num_tokens=sizes[1])
+        limits = {"expected_num_tokens": sizes[0], "max_num_tokens": sizes[1], "max_buffer_size": 0}
+        packs = loader(checkpoint, mixture, **limits)
         streams.append(targets([packs.next_batch() for _ in range(24)]))
     assert len(streams[0]) == 24 and len(streams[1]) > 30
     assert streams[1][:24] == streams[0] and streams[2][:24] == streams[0]
@@ -120,15 +121,15 @@ def test_shares_of_groups_and_data_sets(checkpoint, three_sets, tmp_path):
     both["MedicalImageEditingIterableDataset_ver1"] = second["restoration"]
     path.write_text(yaml.safe_dump(both, sort_keys=False))
     packs = loader(checkpoint, path, expected_num_tokens=1)
-    assert packs.shares.tolist() == pytest.approx([3 / 4 * 1 / 4, 3 / 4 * 3 / 4, 1 / 4])
+    assert packs.planner.shares.tolist() == pytest.approx([3 / 4 * 1 / 4, 3 / 4 * 3 / 4, 1 / 4])
     drawn: Counter[str] = Counter()
     for _ in range(200):
         drawn[Path(packs.next_batch().vae.names[0]).parent.name] += 1
     assert drawn["three"] / 200 == pytest.approx(0.25, abs=0.09)
     assert drawn["two"] / 200 == pytest.approx(0.5625, abs=0.1)
-    assert packs.draws == [drawn["one"], drawn["two"], drawn["three"]]
+    assert packs.counts == drawn and packs.planner.draws == [*packs.counts.values()]
     one = loader(checkpoint, write_mixture(tmp_path / "one.yaml", three_sets[0]))
-    with pytest.raises(ValueError, match="mixes 3 data sets, this one 1"):
+    with pytest.raises(ValueError, match=re.escape("(name, records): ['two', 6] -> None; ")):
         one.load_state_dict(packs.state_dict())
 
 
@@ -164,19 +165,23 @@ def test_nothing_but_long_samples_is_an_error_and_some_are_not(checkpoint, mixtu
     ):
         loader(checkpoint, mixture, max_num_tokens_per_sample=20).next_batch()
     sizes = {"max_num_tokens_per_sample": 60, "expected_num_tokens": 5600, "max_num_tokens": 6000}
-    packs = loader(checkpoint, mixture, **sizes)
+    packs = loader(checkpoint, mixture, dropout=0.0, **sizes)
     assert packs.next_batch().num_tokens >= 5600  # more than 100 were dropped, but not in a row
     assert packs.too_long > 100
 
 
-def test_token_limits_that_contradict_each_other():
-    for name, value in (
-        ("max_num_tokens_per_sample", 500),
-        ("max_num_tokens_per_sample", 0),
-        ("expected_num_tokens", 400),
-        ("expected_num_tokens", 0),
+def test_limits_that_cannot_be_met():
+    for name, value, message in (
+        ("max_num_tokens_per_sample", 500, "exceeds max_num_tokens=300"),
+        ("max_num_tokens_per_sample", 0, "is less than 1"),
+        ("expected_num_tokens", 400, "exceeds max_num_tokens=300"),
+        ("expected_num_tokens", 0, "is less than 1"),
+        ("prefer_buffer_before", 0, "is less than 1"),
+        ("max_buffer_size", -1, "is less than 0"),
+        ("num_workers", -1, "is less than 0"),
+        ("prefetch_factor", 0, "is less than 1"),
     ):
-        with pytest.raises(ValueError, match=rf"{name}={value} is not in 1..max_num_tokens=300"):
+        with pytest.raises(ValueError, match=f"{name}={value} {message}"):
             LoaderConfig(**(SIZES | {name: value}))
 
 

@@ -173,7 +173,6 @@ def test_files_that_extend_each_other(tmp_path):
         ({"backend": "ddp"}, "backend='ddp' is none of auto, single, fsdp, deepspeed"),
         ({"sharding_strategy": "SHARD"}, "sharding_strategy='SHARD' is none of HYBRID_SHARD"),
         ({"backward_prefetch": "x"}, "backward_prefetch='x' is none of BACKWARD_PRE"),
-        ({"save_dtype": "float16"}, "save_dtype='float16' is none of None, float32, bfloat16"),
         ({"expected_num_tokens": 9, "max_num_tokens": 8}, "expected_num_tokens=9 exceeds max_num"),
         ({"init_from_scratch": True, "resume_from": "x"}, "init_from_scratch and resume_from=x"),
         (

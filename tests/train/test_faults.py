@@ -55,7 +55,8 @@ def finished(common, tmp_path_factory) -> Path:
     """An uninterrupted run, saved at every step, with secrets in its environment."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     note = partial(faulty.told_samples, folder.parent)
-    codes, texts = ended(common, folder, note, environment=SECRETS, **EVERY_STEP)
+    more = {"environment": SECRETS, "enable_tensorboard": True, **EVERY_STEP}
+    codes, texts = ended(common, folder, note, **more)
     assert codes == [0], texts
     return folder
 
@@ -122,12 +123,13 @@ def test_a_kill_at_any_stage_of_a_save_costs_one_step(finished, common, tmp_path
 
 
 def test_twenty_kills_at_random_moments_change_no_bit(finished, common, tmp_path):
+    """With and without processes that load the data."""
     rng, kills, runs = random.Random(0), 0, 0
     note = partial(faulty.told_samples, tmp_path)
     while kills < 20:
         run = tmp_path / f"run{runs}"
         fault = partial(faulty.killed_after, rng.uniform(0.0, 0.6))
-        (code,), texts = ended(common, run, fault, note, **EVERY_STEP)
+        (code,), texts = ended(common, run, fault, note, num_workers=kills % 2, **EVERY_STEP)
         assert code in (0, KILLED), texts
         kills += code == KILLED
         assert_good(run, finished)

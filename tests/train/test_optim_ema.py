@@ -13,79 +13,61 @@ from train.arguments import TrainingArguments
 from train.build import build_trainer
 from train.ema import EMA
 from train.metrics import Metrics
-from train.optim import apply_freeze_plan, build_optimizer, build_schedule, lr_factor
+from train.optim import apply_freeze_plan, base_lr, group_of, lr_at
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ema_is_its_formula_in_float32(dtype):
-    model = nn.Linear(3, 2).to(dtype)
-    ema = EMA(model, 0.9)
-    expected = model.weight.detach().double()
-    for _ in range(10):
-        with torch.no_grad():
-            model.weight += torch.randn_like(model.weight)
-        ema.update()
-        expected = 0.9 * expected + 0.1 * model.weight.detach().double()
-    average = ema.state_dict(model)["weight"]
-    assert average.dtype == torch.float32
-    torch.testing.assert_close(average.double(), expected, rtol=1e-5, atol=1e-6)
+def test_ema_is_its_formula_and_a_skipped_step_changes_no_bit():
+    weight = torch.randn(3, 2)
+    ema = EMA([weight], 0.9)
+    expected = weight.double()
+    for step in range(10):
+        weight += torch.randn_like(weight)
+        before = ema.averages[0].clone()
+        ema.update(torch.tensor(float(step == 4)))
+        if step == 4:
+            assert torch.equal(ema.averages[0], before)
+        else:
+            expected = 0.9 * expected + 0.1 * weight.double()
+    torch.testing.assert_close(ema.averages[0].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_ema_does_not_stall_in_bfloat16():
-    model = nn.Linear(1, 1, bias=False).bfloat16()
-    nn.init.zeros_(model.weight)
-    ema = EMA(model, 0.9999)
-    nn.init.ones_(model.weight)
-    for _ in range(2000):
-        ema.update()
-    assert ema.averages["weight"].item() == pytest.approx(1 - 0.9999**2000, rel=1e-3)
+def test_ema_swaps_in_and_out_to_the_bit():
+    weight, refreshed = torch.randn(5), []
+    ema = EMA([weight], 0.5, lambda: refreshed.append(weight.clone()))
+    weight += 1
+    ema.update(torch.tensor(0.0))
+    before, average = weight.clone(), ema.averages[0].clone()
+    with ema.swapped():
+        assert torch.equal(weight, average) and torch.equal(ema.averages[0], before)
+    assert torch.equal(weight, before) and torch.equal(ema.averages[0], average)
+    assert torch.equal(refreshed[0], average) and torch.equal(refreshed[1], before)
+    ema.restart()
+    assert torch.equal(ema.averages[0], weight)
 
 
-def test_ema_follows_trained_weights_only():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model[0].requires_grad_(False)
-    ema = EMA(model, 0.5)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 1
-    ema.update()
-    state = ema.state_dict(model)
-    assert torch.equal(state["0.weight"], before["0.weight"] + 1)
-    torch.testing.assert_close(state["1.weight"], before["1.weight"] + 0.5)
-    other = EMA(model, 0.5)
-    other.load_state_dict(state)
-    assert torch.equal(other.averages["1.weight"], state["1.weight"])
-    with pytest.raises(KeyError, match=r"1.weight"):
-        other.load_state_dict({})
-
-
-def test_lr_factor():
+def test_learning_rate_of_a_step():
     constant = TrainingArguments(warmup_steps=4, total_steps=10)
-    assert [lr_factor(s, constant) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert lr_factor(0, TrainingArguments(warmup_steps=0)) == 1.0
-    cosine = TrainingArguments(
-        warmup_steps=2, total_steps=12, lr_scheduler="cosine", lr=1e-2, min_lr=1e-3
-    )
-    assert lr_factor(1, cosine) == lr_factor(2, cosine) == 1.0
-    assert lr_factor(7, cosine) == pytest.approx(0.1 + 0.9 * 0.5)
-    quarter = 0.1 + 0.9 * 0.5 * (1 + math.cos(0.1 * math.pi))
-    assert lr_factor(3, cosine) == pytest.approx(quarter)
-    assert lr_factor(12, cosine) == lr_factor(99, cosine) == pytest.approx(0.1)
+    assert [lr_at(s, 2.0, constant) for s in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert lr_at(0, 1.0, TrainingArguments(warmup_steps=0)) == 1.0
+    cosine = TrainingArguments(warmup_steps=2, total_steps=12, lr_scheduler="cosine", min_lr=1e-3)
+    assert lr_at(1, 1e-2, cosine) == lr_at(2, 1e-2, cosine) == 1e-2
+    assert lr_at(7, 1e-2, cosine) == pytest.approx(1e-3 + 9e-3 * 0.5)
+    quarter = 1e-3 + 9e-3 * 0.5 * (1 + math.cos(0.1 * math.pi))
+    assert lr_at(3, 1e-2, cosine) == pytest.approx(quarter)
+    assert lr_at(12, 1e-2, cosine) == lr_at(99, 1e-2, cosine) == pytest.approx(1e-3)
+    # A group below min_lr stays where it is.
+    assert lr_at(12, 1e-4, cosine) == lr_at(5, 1e-4, cosine) == 1e-4
 
 
-def test_schedule_sets_the_learning_rate():
-    args = TrainingArguments(warmup_steps=2, lr=0.5)
-    optimizer = build_optimizer(nn.Linear(1, 1), args)
-    schedule = build_schedule(optimizer, args)
-    found = []
-    for _ in range(3):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert found == [0.25, 0.5, 0.5]
-    group = optimizer.param_groups[0]
-    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.95), 1e-15, 0.0)
+def test_groups_have_their_learning_rates():
+    args = TrainingArguments(lr=1.0, vit_lr=2.0, mot_gen_lr=3.0)
+    layer = "language_model.model.layers.0.mlp"
+    found = {n: group_of(n + ".weight", args) for n in (layer, layer + "_moe_gen", "vit_model.x")}
+    assert list(found.values()) == ["language_model", "mot_gen", "vit_model"]
+    assert group_of("llm2vae.weight", args) == "other"
+    assert [base_lr(g, args) for g in (*found.values(), "other")] == [1.0, 3.0, 2.0, 1.0]
+    args = TrainingArguments(lr=1.0, llm_lr=5.0)
+    assert base_lr(group_of(layer + "_moe_gen.weight", args), args) == 5.0
 
 
 def gen_side(name: str) -> bool:
@@ -93,7 +75,13 @@ def gen_side(name: str) -> bool:
     return "_moe_gen" in name or name.startswith(parts)
 
 
+def expert(name: str) -> bool:
+    return name.startswith("language_model.model.") and "embed_tokens" not in name
+
+
 PLANS = {
+    "freeze_mot_und": lambda name: not expert(name) or "_moe_gen" in name,
+    "freeze_mot_gen": lambda name: not expert(name) or "_moe_gen" not in name,
     "freeze_llm": lambda name: not name.startswith("language_model."),
     "freeze_vit": lambda name: not name.startswith("vit_model."),
     "freeze_und": lambda name: gen_side(name) or name == "language_model.lm_head.weight",
@@ -116,9 +104,8 @@ def test_what_moves_in_one_step(flag, checkpoint, mixture, tmp_path):
     # softmax does not see a shift of all keys: their bias has no gradient but rounding errors
     no_gradient = {n for n in expected if n.startswith("vit_model.") and "k_proj.bias" in n}
     assert moved - no_gradient == expected - no_gradient
-    assert (
-        {n for n, p in after.items() if p.requires_grad} == expected == trainer.ema.averages.keys()
-    )
+    assert {n for n, p in after.items() if p.requires_grad} == expected
+    assert trainer.backend.weights.keys() == expected
 
 
 def test_nothing_left_to_train():

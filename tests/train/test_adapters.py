@@ -1,0 +1,83 @@
+"""LoRA: starts as the model was, trains little, is saved merged, resumes to the bit."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modeling.pretrained import load_pretrained
+from tests.helpers import run_arguments
+from tests.ranks import run_on_ranks
+from train.adapters import is_adapter
+from train.build import build_trainer
+
+LORA = {"lora_rank": 3, "lora_alpha": 6.0, "num_workers": 0, "total_steps": 3, "save_every": 1}
+
+
+def on_rank(rank, checkpoint, mixture, run) -> None:
+    build_trainer(run_arguments(checkpoint, mixture, run, backend="fsdp", **LORA)).fit()
+
+
+def test_a_model_with_new_adapters_is_the_model(checkpoint, mixture, tmp_path):
+    trainer = build_trainer(run_arguments(checkpoint, mixture, tmp_path, **LORA))
+    batch = trainer.loader.next_batch()
+    plain = load_pretrained(checkpoint, "model")[0]
+    adapted, expected = trainer.model(batch), plain(batch)
+    for name, term in expected.items():
+        assert torch.equal(adapted[name].sum, term.sum)
+    trained = {n for n in trainer.backend.weights if n.startswith("language_model.")}
+    # q, k, v and o of both experts in both layers, an A and a B each
+    assert len(trained) == 4 * 2 * 2 * 2 and all(map(is_adapter, trained))
+    assert {"llm2vae.weight", "connector.fc1.weight"} <= trainer.backend.weights.keys()
+
+
+def test_a_step_folder_holds_the_merged_model(checkpoint, mixture, tmp_path):
+    trainer = build_trainer(run_arguments(checkpoint, mixture, tmp_path, **LORA))
+    trainer.fit()
+    folder = tmp_path / "0000003"
+    merged, report = load_pretrained(folder, "model")
+    assert report.share == 1.0
+    batch = trainer.loader.next_batch()
+    with torch.no_grad():
+        found, expected = merged(batch), trainer.model(batch)
+    for name, term in expected.items():
+        torch.testing.assert_close(found[name].sum, term.sum, rtol=1e-5, atol=1e-5)
+    # W + alpha / rank * B A, by hand
+    adapters = load_file(folder / "adapters.safetensors")
+    start = load_file(checkpoint / "model.safetensors")
+    stem = "language_model.model.layers.1.self_attn.v_proj_moe_gen"
+    a, b = (adapters[f"{stem}.lora_{x}.default.weight"] for x in "AB")
+    expected = start[f"{stem}.weight"] + 2.0 * b @ a
+    torch.testing.assert_close(load_file(folder / "model.safetensors")[f"{stem}.weight"], expected)
+    assert (b @ a).abs().max() > 1e-4
+    averaged = load_file(folder / "adapters_ema.safetensors")
+    assert averaged.keys() == adapters.keys()
+    assert not torch.equal(averaged[f"{stem}.lora_B.default.weight"], b)
+
+
+def test_adapters_resume_to_the_bit_and_on_two_ranks_within_rounding(checkpoint, mixture, tmp_path):
+    build_trainer(run_arguments(checkpoint, mixture, tmp_path / "whole", **LORA)).fit()
+    shutil.copytree(tmp_path / "whole" / "0000001", tmp_path / "again" / "0000001")
+    resumed = build_trainer(run_arguments(checkpoint, mixture, tmp_path / "again", **LORA))
+    assert resumed.step == 1
+    resumed.fit()
+    for name in ("model", "ema", "adapters", "adapters_ema", "optimizer"):
+        found, expected = (
+            (tmp_path / run / "0000003" / f"{name}.safetensors").read_bytes()
+            for run in ("again", "whole")
+        )
+        assert found == expected, name
+    run_on_ranks(2, on_rank, tmp_path / "r", checkpoint, mixture, tmp_path / "two")
+    first, other = (load_file(tmp_path / "two" / s / "adapters.safetensors") for s in STEPS)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    assert load_pretrained(tmp_path / "two" / "0000003", "ema")[1].share == 1.0
+
+
+STEPS = ("0000001", "0000003")
+
+
+def test_without_any_such_projection(checkpoint, mixture, tmp_path):
+    args = run_arguments(checkpoint, mixture, tmp_path, lora_targets="query", **LORA)
+    with pytest.raises(ValueError, match="query"):
+        build_trainer(args)
