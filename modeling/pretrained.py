@@ -108,7 +108,7 @@ def read_json(path: Path, known: Iterable[str] = ()) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
-        raise CheckpointError(f"{path}: no JSON: {error}") from error
+        raise DamagedError(f"{path}: no JSON: {error}") from error
     if unknown := sorted(set(content) - set(known or content)):
         raise CheckpointError(f"{path}: unknown keys {unknown}")
     return content

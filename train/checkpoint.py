@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 STEP_FOLDER = re.compile(r"\d{7}|[1-9]\d{7,}")
+SAVING, DROPPING = ".saving-", ".dropping-"
+"""Prefixes of folders that are not complete yet, and not any more."""
 POLL_SECONDS = 0.05
 
 
@@ -207,27 +209,37 @@ class Saver:
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
         """What this rank has met and `finish` has not told yet."""
+        self.ended = True
+        """Whether the thread has come to its end instead of dying on the way."""
         self.given_up = threading.Event()
         self.failures = 0
         """In a row."""
 
+    @property
+    def failed(self) -> bool:
+        """Whether this rank's writing is over without success."""
+        died = self.thread is not None and not self.thread.is_alive() and not self.ended
+        return died or self.error is not None
+
     def start(self) -> None:
         """Copies the state to the host, then writes it beside training."""
         self.finish()
-        staging = self.run / f".saving-{self.trainer.step:07d}"
+        staging = self.run / f"{SAVING}{self.trainer.step:07d}"
         self.error = self._make(staging) if rank() == 0 else None
         if any(all_gather(self.error)):  # then there is nowhere to write to
             return
         own, rest = snapshot(self.trainer), self._rest()
         self.given_up.clear()
+        self.ended = False
         arguments = own, rest, staging, self.run / f"{self.trainer.step:07d}"
         self.thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self.thread.start()
 
     def _make(self, staging: Path) -> OSError | None:
         try:
-            for debris in self.run.glob(".saving-*"):
-                shutil.rmtree(debris)
+            for prefix in (SAVING, DROPPING):
+                for debris in self.run.glob(f"{prefix}*"):
+                    shutil.rmtree(debris)
             staging.mkdir(parents=True)
         except OSError as error:
             return error
@@ -274,6 +286,7 @@ class Saver:
                 self._complete(staging, final)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             self.error = error
+        self.ended = True
 
     def _complete(self, staging: Path, final: Path) -> None:
         parts = [staging / f".part-{r}" for r in range(world_size())]
@@ -286,13 +299,13 @@ class Saver:
             part.unlink()
         write_manifest(staging, hashes)
         if final.exists():
-            shutil.rmtree(final)
+            _drop(final)
         staging.rename(final)
         folders = step_folders(self.run)
         best = self.trainer.best_steps([int(folder.name) for folder in folders])
         for old in folders[: -self.args.max_checkpoints]:
             if int(old.name) not in best:
-                shutil.rmtree(old)
+                _drop(old)
 
     def finish(self) -> bool:
         """Waits until all ranks have written; False if one could not, which is told.
@@ -302,25 +315,35 @@ class Saver:
         """
         while True:
             writing = self.thread is not None and self.thread.is_alive()
-            failed, busy = sum_over_ranks([float(self.error is not None), float(writing)])
+            failed, busy = sum_over_ranks([float(self.failed), float(writing)])
             if failed or not busy:
                 break
             time.sleep(POLL_SECONDS)
         self.given_up.set()
         if self.thread is not None:
             self.thread.join()
-            self.thread = None
         if not failed:
-            self.failures = 0
+            # Without a thread nothing has been written.
+            self.failures = self.failures if self.thread is None else 0
+            self.thread = None
             return True
-        errors = [error for error in all_gather(self.error) if error is not None]
-        self.error, self.failures = None, self.failures + 1
+        own = self.error
+        if own is None and self.failed:
+            own = SaveError("the writing thread has died of the error above")
+        errors = [error for error in all_gather(own) if error is not None]
+        self.thread, self.error, self.failures = None, None, self.failures + 1
         text = f"saving has failed {self.failures} time(s) in a row: {errors[0]}"
         if self.failures >= self.args.max_save_failures or not all(map(_of_the_disk, errors)):
             raise SaveError(f"{text} (max_save_failures={self.args.max_save_failures})")
         if rank() == 0:
             print(f"WARNING: {text}; training goes on and tries again", flush=True)
         return False
+
+
+def _drop(folder: Path) -> None:
+    """Removes a step folder, which must not look complete on the way."""
+    doomed = folder.rename(folder.with_name(DROPPING + folder.name))
+    shutil.rmtree(doomed)
 
 
 def _of_the_disk(error: Exception) -> bool:

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,6 +22,8 @@ from torch import Tensor
 STOP_EXIT_CODE = 85
 """Of a run that a signal has stopped after it has saved: start it again."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LINGER_SECONDS = 1.0
+"""How far apart ranks are at most when they raise the same error."""
 
 
 def launched_processes() -> int:
@@ -63,11 +66,16 @@ def process_group(device: torch.device, timeout: float, wanted: bool = False) ->
         timeout=timedelta(seconds=timeout) if timeout else None,
         **alone,
     )
+    together = False
     try:
         yield
         # Without it a rank may close connections that another still reads from.
         dist.barrier()
+        together = True
     finally:
+        if not together:
+            # The same for what all ranks raise; one that raises alone is not waited for.
+            time.sleep(LINGER_SECONDS)
         dist.destroy_process_group()
 
 
@@ -172,10 +180,11 @@ def locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock: that lock would live on in workers of a killed process.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             print(f"{socket.gethostname()} pid {os.getpid()}", file=file, flush=True)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             owner = file.read().strip()
             error = ValueError(f"{path.parent} is in use by another run: {owner}")

@@ -31,7 +31,8 @@ class Guard:
         self, most_in_a_row: int, sigma: float | None, warmup: int, device: torch.device
     ) -> None:
         """The run ends after `most_in_a_row` non-finite steps. A norm more than `sigma` standard
-        deviations above its mean is skipped after `warmup` steps; None skips none."""
+        deviations above its mean is skipped after `warmup` steps; None skips none. Where norms
+        stay high the mean follows."""
         self.most_in_a_row, self.sigma, self.warmup = most_in_a_row, sigma, warmup
         self.counters = {name: torch.zeros((), device=device) for name in COUNTERS}
         self.told = 0.0
@@ -57,16 +58,18 @@ class Guard:
         bad = all_reduce(own.any().float(), dist.ReduceOp.MAX)
         c = self.counters
         deviation = (c["square"] - c["mean"].square()).clamp(min=0).sqrt()
-        usual = self.sigma is None or norm <= c["mean"] + self.sigma * deviation
-        spike = torch.zeros_like(bad) if usual is True else (1 - bad) * (~usual & self._warm())
+        limit = torch.full_like(norm, torch.inf)
+        if self.sigma is not None:
+            limit = torch.where(self._warm(), c["mean"] + self.sigma * deviation, limit)
+        spike = (1 - bad) * (norm > limit)
         skip = bad + spike
-        share = (1 - NORM_MEMORY) if self.sigma is not None else 0.0
-        learned = torch.where(skip > 0, c["mean"], norm)
-        # From the first norm on, not from zero.
-        weight = torch.where(c["seen"] == 0, 1.0, share) * (1 - skip)
+        # A spike counts as the limit: where norms stay high, the limit follows them.
+        learned = torch.where(bad > 0, c["mean"], torch.minimum(norm, limit))
+        # At first the plain mean, so that no single norm outweighs the others.
+        weight = (1 / (c["seen"] + 1)).clamp(min=1 - NORM_MEMORY) * (1 - bad)
         c["mean"].lerp_(learned, weight)
         c["square"].lerp_(learned.square(), weight)
-        c["seen"] += 1 - skip
+        c["seen"] += 1 - bad
         c["spikes"] += spike
         c["nonfinite_steps"] += bad
         c["in_a_row"].add_(1).mul_(bad)
@@ -74,7 +77,8 @@ class Guard:
         return skip
 
     def _warm(self) -> Tensor:
-        return self.counters["seen"] >= self.warmup
+        # A deviation needs two norms.
+        return self.counters["seen"] >= max(self.warmup, 2)
 
     def end_window(self) -> dict[str, float]:
         """Numbers for the log line. Prints what was skipped; every rank has to call it.

@@ -79,7 +79,7 @@ class Trainer:
                     freezing.after_step()
                 watch.alive()
                 last = self.step == args.total_steps
-                events = [stop.received is not None, self.saver.error is not None]
+                events = [stop.received is not None, self.saver.failed]
                 stopped, failed = sum_over_ranks([float(event) for event in events])
                 if failed and not self.saver.finish():
                     retry = self.step + args.log_every
