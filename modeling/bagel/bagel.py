@@ -178,7 +178,9 @@ class Bagel(nn.Module):
         layout = batch.sample_lens, batch.split_lens, batch.attn_modes
         device, backend = batch.position_ids.device, self.config.attention_backend
         gen = None if batch.vae is None else batch.vae.indexes
-        learned = gen if self.config.freeze_und else None
+        learned = None
+        if self.config.freeze_und:
+            learned = () if batch.vae is None else batch.vae.splits
         attention = packed_attention(*layout, device, backend, learned)
         return self.decode_tokens(self.embed(batch, flow), batch.position_ids, gen, attention)
 
@@ -196,7 +198,8 @@ class Bagel(nn.Module):
             patches = none.new_zeros(0, self.config.vit_patch_dim, dtype=torch.float32)
             vit = VitImages(patches=patches, lens=(), **places)
         if vae is None and self.config.vae is not None:
-            host = dict.fromkeys(("images", "grids", "time_logits", "noise_seeds", "names"), ())
+            fields = ("images", "grids", "time_logits", "noise_seeds", "names", "splits")
+            host = dict.fromkeys(fields, ())
             vae = VaeImages(**host, **places)  # type: ignore[arg-type]
         return replace(batch, labels=labels, vit=vit, vae=vae)
 
