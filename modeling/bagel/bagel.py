@@ -134,7 +134,8 @@ class Bagel(nn.Module):
         for seed, (h, w) in zip(vae.noise_seeds, vae.grids, strict=True):
             generator = torch.Generator().manual_seed(seed)
             p, z = config.latent_patch_size, self.vae.config.z_channels
-            posterior.append(torch.randn(z, h * p, w * p, generator=generator).to(device))
+            drawn = torch.randn(z, h * p, w * p, generator=generator)
+            posterior.append(drawn.to(device, non_blocking=True))
             noise.append(torch.randn(h * w, config.patch_latent_dim, generator=generator))
         latents = self.encode_images(vae.images, posterior)
         z0 = [patchify(latent, config.latent_patch_size) for latent in latents]

@@ -156,7 +156,8 @@ def test_two_nodes_with_a_stop_take_the_steps_of_one_process(pairs, stopped_at, 
         assert ours["tokens"] == right["tokens"]
     arguments = json.loads((finished / "training_args.json").read_text())["arguments"]
     assert (arguments["num_replicate"], arguments["num_shard"]) == (NODES, 2)
-    averages, right = (load_file(run / "ema.safetensors") for run in (finished, single / finished.name))
+    last = finished, single / finished.name
+    averages, right = (load_file(folder / "ema.safetensors") for folder in last)
     for name, average in averages.items():
         assert (average - right[name]).norm() <= 1e-4 * right[name].norm(), name
 

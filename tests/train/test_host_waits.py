@@ -96,8 +96,9 @@ class Transfers(TorchFunctionMode):
         result = function(*args, **kwargs)
         if name == "new_tensor" and held:
             self.tensors.add(result)
-        devices = (d for d in (*args[1:], kwargs.get("device")) if isinstance(d, str | torch.device))
-        if name == "to" and not held and any(devices):
+        given = (*args[1:], *kwargs.values())
+        # The name "cpu" means the host whatever the device of the run is.
+        if name == "to" and not held and any(isinstance(d, torch.device) for d in given):
             if not kwargs.get("non_blocking"):
                 self.tensors.note(name)
             # A copy: the host keeps its own.
