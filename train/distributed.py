@@ -22,6 +22,7 @@ from torch import Tensor
 STOP_EXIT_CODE = 85
 """Of a run that a signal has stopped after it has saved: start it again."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
 LINGER_SECONDS = 1.0
 """How far apart ranks are at most when they raise the same error."""
 
@@ -88,9 +89,7 @@ def world_size() -> int:
 
 
 def all_reduce(
-    tensor: Tensor,
-    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
-    group: dist.ProcessGroup | None = None,
+    tensor: Tensor, op: dist.ReduceOp.RedOpType = SUM, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """The sum (or `op`) over all ranks (of `group`), which all have to call it."""
     if dist.is_initialized():
