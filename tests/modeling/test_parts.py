@@ -25,6 +25,7 @@ from modeling.geometry import patchify, position_ids
 from modeling.parts import open_parts
 from modeling.pretrained import EMBEDDINGS, HEAD, CheckpointError, load_pretrained, write_json
 from tests.helpers import LLM, TOKENS, VIT, image_pm1, pack, run_arguments, write_tokenizer
+from tests.ranks import run_on_ranks
 from train.build import build_trainer, open_model, start
 from train.main_sr_pixel_loss import main
 
@@ -320,6 +321,23 @@ def test_a_run_from_parts(parts, mixture, tmp_path, capsys):
     assert gen.replace(GEN, "") in moved and "llm2vae.weight" in moved and gen not in moved
     assert build_trainer(args).step == 1
     assert "resumed from" in capsys.readouterr().out
+
+
+def on_rank(rank: int, root: Path, mixture: Path, run: Path) -> list[dict[str, Tensor]]:
+    """The weights that the ranks hold together."""
+    found = []
+    for case in ({}, {"llm_path": root / "tied", "tie_word_embeddings": True}):
+        backend = build_trainer(arguments(root, mixture, run / f"{len(found)}", **case)).backend
+        found.append({name: backend.full(name).clone() for name in backend.sizes})
+    return found
+
+
+def test_two_ranks_start_alike(parts, mixture, tmp_path):
+    expected = on_rank(0, parts, mixture, tmp_path)
+    for found in run_on_ranks(2, on_rank, tmp_path, parts, mixture, tmp_path):
+        for state, right in zip(found, expected, strict=True):
+            assert state.keys() == right.keys()
+            assert [name for name in right if not torch.equal(state[name], right[name])] == []
 
 
 def test_a_dry_run_of_parts(parts, mixture, tmp_path, capsys):
