@@ -72,6 +72,7 @@ class Pack:
         self.position_ids = torch.tensor(position_ids * samples)
         gen = torch.tensor(is_gen * samples)
         self.gen, self.und = gen.nonzero()[:, 0], (~gen).nonzero()[:, 0]
+        self.gen_splits = [i for i, (_, _, gen) in enumerate(LAYOUT * samples) if gen]
         self.x, self.target = torch.randn(2, len(gen), LLM["hidden_size"]).unbind()
 
     def loss(self, hidden: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ class Pack:
 
 def ours(model: Qwen2Model, pack: Pack) -> Tensor:
     tokens = ExpertOrder.of(len(pack.x), pack.gen, pack.x.device)
-    learned = pack.gen if model.freeze_und else None
+    learned = pack.gen_splits if model.freeze_und else None
     attention = packed_attention(*pack.layout, "cpu", learned=learned)
     return model(pack.x, pack.position_ids, tokens, attention)
 

@@ -201,6 +201,7 @@ class Packer:
                     time_logits=(self._time_logit(generator) if target else CONDITIONING,),
                     noise_seeds=(int(torch.randint(2**62, (), generator=generator)),),
                     names=(name,),
+                    splits=(len(self.split_lens),),
                     **places,
                 )
             )

@@ -6,7 +6,7 @@ same full or noise split), and the key is not in another noise split.
 Shape legend: S tokens, Hq query heads, Hk key heads (Hq a multiple of Hk), E head size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Protocol
@@ -89,12 +89,9 @@ class PackedAttention:
         split_lens: Lens,
         modes: Modes,
         device: Device,
-        learned: Tensor | None = None,
+        learned: Collection[int] | None = None,
     ) -> None:
-        """`learned` are the places of tokens whose outputs pass on a gradient; None means all."""
-        constant = torch.full((sum(sample_lens),), learned is not None)
-        if learned is not None:
-            constant[learned.cpu()] = False
+        """`learned` are the splits whose outputs pass on a gradient; None means all."""
         self.sample_lens, self.split_lens = list(sample_lens), list(split_lens)
         ends = list(accumulate(split_lens, initial=0))
         splits = [ends.index(end) for end in accumulate(sample_lens, initial=0)]
@@ -107,13 +104,16 @@ class PackedAttention:
                 # A kernel's own causal mode is faster than a mask.
                 causal = begin == 0 and modes[i] == "causal"
                 mask = None if causal or rows.all() else rows.to(device, non_blocking=True)
-                without_graph = bool(constant[ends[i] : ends[i + 1]].all())
-                self.queries.append(_Queries(sample, end, mask, causal, without_graph))
+                constant = learned is not None and i not in learned
+                self.queries.append(_Queries(sample, end, mask, causal, constant))
 
     @torch.compiler.disable
     def __call__(self, layer: int, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor) -> Tensor:
         keys, values = k_SHE.split(self.sample_lens), v_SHE.split(self.sample_lens)
         parts = []
+        if all(s.constant for s in self.queries):
+            # No rows, but all weights still get a gradient, as on ranks that have images.
+            parts.append(q_SHE[:0] + k_SHE[:0].sum() + v_SHE[:0].sum())
         for q, s in zip(q_SHE.split(self.split_lens), self.queries, strict=True):
             k, v = keys[s.sample][: s.num_keys], values[s.sample][: s.num_keys]
             with torch.set_grad_enabled(torch.is_grad_enabled() and not s.constant):
@@ -130,7 +130,7 @@ class FlexPackedAttention:
         split_lens: Lens,
         modes: Modes,
         device: Device,
-        learned: Tensor | None = None,
+        learned: Collection[int] | None = None,
     ) -> None:
         """`learned` is not used: one kernel serves all tokens."""
         samples = torch.arange(len(sample_lens)).repeat_interleave(torch.tensor(sample_lens))
@@ -165,11 +165,11 @@ def packed_attention(
     modes: Modes,
     device: Device,
     backend: str = "sdpa",
-    learned: Tensor | None = None,
+    learned: Collection[int] | None = None,
 ) -> Attention:
     """The attention of one packed batch; `backend` is `sdpa` (everywhere) or `flex` (GPU).
 
-    `learned` are the places (int64) of tokens whose outputs pass on a gradient; None means all.
+    `learned` are the splits whose outputs pass on a gradient; None means all.
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is none of {sorted(BACKENDS)}")

@@ -102,6 +102,8 @@ class VaeImages(TensorRecord):
     """Seed of each image's noise, so that the noise does not depend on the packing."""
     names: tuple[str, ...]
     """Sample of each image, for messages."""
+    splits: tuple[int, ...]
+    """Split of each image."""
     position_ids: Tensor
     """(L,) int64 rows of the latent position table."""
     indexes: Tensor
@@ -150,7 +152,8 @@ class PackedBatch(TensorRecord):
 
     def __post_init__(self) -> None:
         length, vit, vae = self.num_tokens, self.vit, self.vae
-        images = (vae.images, vae.grids, vae.time_logits, vae.noise_seeds, vae.names) if vae else ()
+        names = ("images", "grids", "time_logits", "noise_seeds", "names", "splits")
+        images = [getattr(vae, name) for name in names] if vae else []
         kinds = [self.text.ids, *([vit.patches] if vit else []), *([vae.indexes] if vae else [])]
         ends = [set(accumulate(lens)) for lens in (self.split_lens, self.sample_lens)]
         consistent = {
@@ -161,6 +164,7 @@ class PackedBatch(TensorRecord):
             "position_ids": self.position_ids.shape == (length,),
             "vit.lens": vit is None or sum(vit.lens) == len(vit.patches),
             "vae.grids": vae is None or sum(vae.lens) == len(vae.indexes),
+            "vae.splits": vae is None or {*vae.splits} <= {*range(len(self.split_lens))},
             "fields per VAE image": len({len(f) for f in images}) <= 1,
             "tokens of all kinds": sum(map(len, kinds)) == length,
         }

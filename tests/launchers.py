@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import shlex
+import socket
 import subprocess
 from pathlib import Path
 
@@ -41,6 +42,12 @@ def resolved(command: list[str]) -> RunArguments:
 
 def option(command: list[str], name: str) -> str:
     return command[command.index(name) + 1]
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return str(listener.getsockname()[1])
 
 
 def row(name: str) -> list[str]:

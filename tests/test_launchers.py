@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from tests.launchers import (
     TABLE,
     TRAINER,
     dry_run,
+    free_port,
     launch,
     option,
     own_experiment,
@@ -103,12 +103,6 @@ EVERYWHERE = {
     "checkpoint_dir": "results/EXP",
 }
 """What all of these runs had in common."""
-
-
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return str(listener.getsockname()[1])
 
 
 @pytest.mark.parametrize("run", USERS_RUNS)

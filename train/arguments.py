@@ -119,7 +119,8 @@ class TrainingArguments:
     global_seed: int = 4396
     """Seed of weights and of everything but the data."""
     auto_resume: bool = True
-    """Continue from the newest complete step folder of `checkpoint_dir`, if there is one."""
+    """Continue from the newest complete step folder of `checkpoint_dir`, if there is one, with its
+    whole state: what a run starts from is then of no account."""
     resume_from: str | None = None
     """Continue from this step folder."""
     resume_model_only: bool = False

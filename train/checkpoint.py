@@ -43,7 +43,7 @@ from .backends import MOMENTS
 from .distributed import all_gather, first_error, rank, sum_over_ranks, world_size
 
 if TYPE_CHECKING:
-    from .arguments import RunArguments
+    from .arguments import RunArguments, TrainingArguments
     from .trainer import Trainer
 
 STEP_FOLDER = re.compile(r"\d{7}|[1-9]\d{7,}")
@@ -114,9 +114,16 @@ def saved_moments(
             f"{folder}: the optimizer state is not that of the trained weights: "
             f"{', '.join(changed[:5])} ({len(changed)} in all) were trained and are frozen "
             "now, or the reverse; were freeze flags changed? "
-            "--resume_model_optimizer False starts a new optimizer"
+            f"--resume_from {folder} --resume_model_optimizer False and another checkpoint_dir "
+            "start a new optimizer"
         )
     return moments
+
+
+def takes_optimizer(folder: Path, args: "TrainingArguments") -> bool:
+    """Whether the optimizer goes on too: from another run as is asked for, within a run always."""
+    own = folder.resolve().parent == Path(args.checkpoint_dir).resolve()
+    return own or args.resume_model_optimizer
 
 
 def load_state(folder: Path, trainer: "Trainer") -> None:
@@ -126,7 +133,7 @@ def load_state(folder: Path, trainer: "Trainer") -> None:
         if rank() == 0:
             print(f"WARNING: {change}", flush=True)
     state = read_json(folder / "trainer_state.json")
-    if args.training.resume_model_optimizer:
+    if takes_optimizer(folder, args.training):
         backend.load_moments(saved_moments(folder, backend.weights), state["updates"])
     # The averages pass through the model on their way into the EMA.
     for last, stems in enumerate((("ema", "adapters_ema"), ("model", "adapters"))):
@@ -318,6 +325,7 @@ class Saver:
             failed, busy = sum_over_ranks([float(self.failed), float(writing)])
             if failed or not busy:
                 break
+            self.trainer.watch.alive()
             time.sleep(POLL_SECONDS)
         self.given_up.set()
         if self.thread is not None:

@@ -22,6 +22,7 @@ from torch import Tensor
 STOP_EXIT_CODE = 85
 """Of a run that a signal has stopped after it has saved: start it again."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
 LINGER_SECONDS = 1.0
 """How far apart ranks are at most when they raise the same error."""
 
@@ -88,9 +89,7 @@ def world_size() -> int:
 
 
 def all_reduce(
-    tensor: Tensor,
-    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
-    group: dist.ProcessGroup | None = None,
+    tensor: Tensor, op: dist.ReduceOp.RedOpType = SUM, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """The sum (or `op`) over all ranks (of `group`), which all have to call it."""
     if dist.is_initialized():
@@ -158,16 +157,19 @@ class HangWatch:
     def __init__(self, timeout: float) -> None:
         """`timeout` in seconds, 0 for never; TRAIN_HANG_WATCHDOG_SECS wins over it."""
         self.timeout = float(os.environ.get("TRAIN_HANG_WATCHDOG_SECS") or timeout)
+        self.watching = False
 
     def __enter__(self) -> "HangWatch":
+        self.watching = self.timeout > 0
         self.alive()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.watching = False
         faulthandler.cancel_dump_traceback_later()
 
     def alive(self) -> None:
-        if self.timeout > 0:
+        if self.watching:
             faulthandler.dump_traceback_later(self.timeout, exit=True, file=sys.__stderr__ or 2)
 
 

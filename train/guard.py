@@ -7,13 +7,12 @@ for it at log steps only.
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from modeling.bagel.losses import LossTerm
 from modeling.batch import PackedBatch
 
-from .distributed import all_gather, all_reduce, rank
+from .distributed import MAX, all_gather, all_reduce, rank
 
 NORM_MEMORY = 0.98
 """Weight of the past in mean and mean square of the gradient norm."""
@@ -55,7 +54,7 @@ class Guard:
         own = ~torch.stack([value.detach().float() for value in values.values()]).isfinite()
         images = [name for b in batches if b.vae is not None for name in dict.fromkeys(b.vae.names)]
         self.window.append((step, [*values, f"images {', '.join(images)}"], own))
-        bad = all_reduce(own.any().float(), dist.ReduceOp.MAX)
+        bad = all_reduce(own.any().float(), MAX)
         c = self.counters
         deviation = (c["square"] - c["mean"].square()).clamp(min=0).sqrt()
         limit = torch.full_like(norm, torch.inf)

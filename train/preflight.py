@@ -25,7 +25,7 @@ from modeling.pretrained import MANIFEST, LoadReport, read_json, verify_manifest
 from .arguments import RunArguments
 from .backends import backend_name, mesh_shape
 from .build import build_loader, configure, open_model, resume_folder, start
-from .checkpoint import changed_arguments, saved_moments
+from .checkpoint import changed_arguments, saved_moments, takes_optimizer
 from .distributed import launched_processes
 from .freezing import parameter_lines
 from .memory import OFFLOADED, static_memory, step_memory
@@ -139,7 +139,7 @@ def find_packs(found: Findings) -> None:
     if found.folder is not None:
         state = read_json(found.folder / "trainer_state.json")
         found.attempt(found.loader.load_state_dict, state["loader"])
-        if found.args.training.resume_model_optimizer:
+        if takes_optimizer(found.folder, found.args.training):
             trained = [n for n, p in found.model.named_parameters() if p.requires_grad]
             found.attempt(saved_moments, found.folder, trained, True)
     found.packs = [found.loader.next_batch() for _ in range(PACKS)]

@@ -7,14 +7,13 @@ terms, over all micro-batches and ranks of a step.
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from modeling.bagel.losses import LossTerm
 from modeling.bagel.pixel_space import ImageLoss
 from modeling.batch import PackedBatch
 
-from .distributed import all_reduce, debugged_terms, rank, world_size
+from .distributed import MAX, all_reduce, debugged_terms, rank, world_size
 from .metrics import Metrics
 
 REFERENCE = "mse"
@@ -95,9 +94,7 @@ class Telemetry:
         names = list(self.scales)
         zero = torch.zeros((), device=device)
         squares = all_reduce(torch.stack([self.squares.get(n, zero) for n in names]))
-        largest = all_reduce(
-            torch.stack([self.largest.get(n, zero) for n in names]), dist.ReduceOp.MAX
-        )
+        largest = all_reduce(torch.stack([self.largest.get(n, zero) for n in names]), MAX)
         norms = dict(zip(names, squares.sqrt(), strict=True))
         for name, most in zip(names, largest, strict=True):
             if name == REFERENCE or name in self.seen:

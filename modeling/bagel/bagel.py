@@ -139,7 +139,8 @@ class Bagel(nn.Module):
         for seed, (h, w) in zip(vae.noise_seeds, vae.grids, strict=True):
             generator = torch.Generator().manual_seed(seed)
             p, z = config.latent_patch_size, self.vae.config.z_channels
-            posterior.append(torch.randn(z, h * p, w * p, generator=generator).to(device))
+            drawn = torch.randn(z, h * p, w * p, generator=generator)
+            posterior.append(drawn.to(device, non_blocking=True))
             noise.append(torch.randn(h * w, config.patch_latent_dim, generator=generator))
         latents = self.encode_images(vae.images, posterior)
         z0 = [patchify(latent, config.latent_patch_size) for latent in latents]
@@ -183,7 +184,9 @@ class Bagel(nn.Module):
         layout = batch.sample_lens, batch.split_lens, batch.attn_modes
         device, backend = batch.position_ids.device, self.config.attention_backend
         gen = None if batch.vae is None else batch.vae.indexes
-        learned = gen if self.config.freeze_und else None
+        learned = None
+        if self.config.freeze_und:
+            learned = () if batch.vae is None else batch.vae.splits
         attention = packed_attention(*layout, device, backend, learned)
         return self.decode_tokens(self.embed(batch, flow), batch.position_ids, gen, attention)
 
@@ -201,7 +204,8 @@ class Bagel(nn.Module):
             patches = none.new_zeros(0, self.config.vit_patch_dim, dtype=torch.float32)
             vit = VitImages(patches=patches, lens=(), **places)
         if vae is None and self.config.vae is not None:
-            host = dict.fromkeys(("images", "grids", "time_logits", "noise_seeds", "names"), ())
+            fields = ("images", "grids", "time_logits", "noise_seeds", "names", "splits")
+            host = dict.fromkeys(fields, ())
             vae = VaeImages(**host, **places)  # type: ignore[arg-type]
         return replace(batch, labels=labels, vit=vit, vae=vae)
 

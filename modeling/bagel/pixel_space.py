@@ -203,7 +203,7 @@ class PixelSpace:
             gradients = {key: factor * gradient for key, gradient in gradients.items()}
         values = torch.stack([losses.sums[name] for name in names])
         known = torch.stack([gradients[key] for key in ([JOINT] if joint else names)])
-        shares = velocity_pred.new_tensor([*joint.values()]) if joint else None
+        shares = _on([*joint.values()], velocity_pred.device) if joint else None
         sums = _KnownGradient.apply(velocity_pred, values, known, shares)
         # FSDP2 refuses views as outputs of a module.
         by_name = {name: total.clone() for name, total in zip(names, sums, strict=True)}
@@ -236,7 +236,7 @@ class PixelSpace:
                 gates = [gate(target.t, term.max_t) for target in chunk]
                 if not any(gates):
                     continue
-                weights, clamped = true_01.new_tensor(gates), None
+                weights, clamped = _on(gates, true_01.device), None
                 per_image = term.losses(pred_01, true_01)
                 # Not gated is not seen: an image beyond all bounds times 0 would be NaN.
                 weighted = torch.where(weights > 0, weights * per_image.detach(), 0.0)
@@ -264,6 +264,11 @@ class PixelSpace:
                     # The clean latent is z_t - t v.
                     losses.gradients[key][target.tokens] = -target.t * patchify(at_latent, patch)
         return losses
+
+
+def _on(numbers: list[float], device: torch.device) -> Tensor:
+    """Float32 numbers of the host; it does not wait for the device to take them."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 def _chunks(

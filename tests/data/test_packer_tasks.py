@@ -48,6 +48,7 @@ def test_a_sample_without_dropout():
     assert (batch.vit.indexes.tolist(), batch.vit.lens) == ([9, 10], (2,))
     assert batch.vae.indexes.tolist() == [1, 2, 3, 4, 5, 6, 20, 21, 22, 23]
     assert batch.vae.grids == ((2, 3), (2, 2)) and batch.vae.lens == (6, 4)
+    assert batch.vae.splits == (0, 4)
     assert batch.vae.position_ids.tolist() == [0, 1, 2, 8, 9, 10, 0, 1, 8, 9]
     assert batch.vae.is_target == (False, True) and batch.vae.time_logits[0] == -torch.inf
     assert batch.vae.target_tokens().tolist() == [6, 7, 8, 9]
@@ -162,6 +163,8 @@ def test_packs_that_cannot_be_built():
         {"attn_modes": ("full",) * 5 + ("random",)},
         {"position_ids": torch.zeros(3)},
         {"vit": None},
+        {"vae": dataclasses.replace(batch.vae, splits=(0,))},
+        {"vae": dataclasses.replace(batch.vae, splits=(0, 6))},
         {"sample_lens": (10, 18)},  # no sample ends inside a split
     ):
         with pytest.raises(ValueError, match="PackedBatch: inconsistent"):

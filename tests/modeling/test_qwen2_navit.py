@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from data.packer import Sample, TextSegment
 from modeling.attention import PackedAttention
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.qwen2_navit import GEN, MLP, ExpertOrder
@@ -48,6 +49,17 @@ def test_frozen_und_takes_no_graph_and_changes_no_gradient_of_gen():
         torch.testing.assert_close(found[True][name], found[False][name], rtol=1e-4, atol=1e-6)
     und = [g for k, g in found[True].items() if GEN not in k]
     assert all(g is None for g in und)
+
+
+def test_frozen_und_without_images_leaves_zero_gradients():
+    """Ranks that shard the weights reduce the same gradients, whatever their batches hold."""
+    model = tiny_model(tiny_config(freeze_und=True))
+    sample = Sample("text", [TextSegment(ids=[1, 2]), TextSegment(ids=[3], answer=True)])
+    terms = model(pack(model.config, sample), complete=True)
+    sum(term.sum for term in terms.values()).backward()
+    for name, parameter in model.language_model.model.named_parameters():
+        if GEN in name:
+            assert parameter.grad is not None and parameter.grad.abs().max() == 0, name
 
 
 def test_swiglu_gradient():

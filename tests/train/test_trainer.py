@@ -152,8 +152,21 @@ def test_resuming_with_other_trained_weights_is_refused(finished, checkpoint, mi
     with pytest.raises(ValueError, match=r"vit_model\..*resume_model_optimizer False"):
         build_trainer(run_arguments(checkpoint, mixture, tmp_path, freeze_vit=True))
     settings = {"freeze_vit": True, "resume_model_optimizer": False}
-    trainer = build_trainer(run_arguments(checkpoint, mixture, tmp_path, **settings))
+    elsewhere = {"resume_from": tmp_path / "0000002", **settings}
+    trainer = build_trainer(run_arguments(checkpoint, mixture, tmp_path / "new", **elsewhere))
     assert trainer.step == 2 and trainer.backend.steps() == 0
+
+
+@pytest.mark.parametrize("flag", ["resume_model_optimizer=False", "resume_model_only=True"])
+def test_a_run_goes_on_with_its_optimizer_however_it_was_started(
+    finished, checkpoint, mixture, tmp_path, flag
+):
+    """The launchers say once and for all from what a run starts; queued again it has to go on."""
+    shutil.copytree(finished / "0000002", tmp_path / "0000002")
+    name, value = flag.split("=")
+    args = run_arguments(checkpoint, mixture, tmp_path, **PIXEL_SPACE, **{name: value})
+    build_trainer(args).fit()
+    assert hashes(tmp_path / "0000004") == hashes(finished / "0000004")
 
 
 @pytest.mark.parametrize("args", [{"visual_und": False}, {"vit_cond_dropout_prob": 1}])
