@@ -13,8 +13,9 @@ from skimage.metrics import structural_similarity
 
 from modeling.pretrained import load_pretrained, verify_manifest
 from scripts.experiments import compare_losses
-from train.arguments import parse_arguments
+from train.arguments import TYPES, parse_arguments
 from train.build import build_terms
+from train.distributed import STOP_EXIT_CODE
 
 ROOT = Path(__file__).parents[1]
 PIXEL = ("weight", "type", "max_t", "chunk_size", "adaptive_chunk")
@@ -131,6 +132,19 @@ def test_readme_names_what_exists():
     assert python
     for block in python:
         compile(block, "README.md", "exec")
+
+
+def test_the_training_guide_names_what_exists():
+    page = (ROOT / "docs" / "training.md").read_text()
+    code = "".join(path.read_text() for path in (ROOT / "train").glob("*.py"))
+    names = {*re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+)+)`", page)}
+    assert len(names) > 50
+    assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
+    options = {*re.findall(r" --([a-z_]+)", page)} - {"help", "out", "config", "nodes"}
+    assert options <= TYPES.keys() | {"gpus"}
+    files = re.findall(r"(?:configs|scripts|train|tests)/[\w./-]+\w", page)
+    assert [file for file in files if not (ROOT / file).exists() and file != "train/NAME"] == []
+    assert f"| {STOP_EXIT_CODE} |" in page
 
 
 def test_readme_example_record_is_valid():

@@ -41,6 +41,7 @@ SETTINGS = {
 }
 """Where the run differs from the experiment of the launcher: its size, and rounding."""
 MINUTES = 60
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

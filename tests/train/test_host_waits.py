@@ -17,6 +17,7 @@ from train.metrics import Metrics
 from train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
+OURS = tuple(f"{ROOT / package}/" for package in ("modeling", "data", "train", "tests"))
 WAITS = {
     *("_local_scalar_dense", "nonzero", "nonzero_numpy", "equal", "is_nonzero"),
     *("masked_select", "unique_dim", "_unique", "_unique2", "unique_consecutive"),
@@ -50,8 +51,11 @@ class DeviceTensors(TorchDispatchMode):
 
     def note(self, operation: str) -> None:
         """Of the innermost function of ours but for this file's modes."""
-        stack = [f for f in traceback.extract_stack() if Path(f.filename).is_relative_to(ROOT)]
-        caller = next(f for f in reversed(stack) if f.name not in MODES)
+        caller = next(
+            f
+            for f in reversed(traceback.extract_stack())
+            if f.filename.startswith(OURS) and f.name not in MODES
+        )
         place = str(Path(caller.filename).relative_to(ROOT)), caller.name
         self.waits.setdefault(place, []).append(operation)
 
