@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -141,7 +142,7 @@ class Backend:
         squares = torch.stack([n.square() for n in torch._foreach_norm(grads)]).sum()
         norm = (all_reduce(squares, group=self.shards) if self.shards else squares).sqrt()
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+        return norm.to(self.device)  # offloaded gradients have theirs on the host
 
     def update(self, skip: Tensor) -> None:
         """One optimizer step, or, where `skip` (a scalar on the device) is 1, none."""
@@ -227,6 +228,10 @@ class FSDPBackend(Backend):
     def backward(self, loss: Tensor, last: bool) -> None:
         # FSDP2 averages over ranks.
         (world_size() * loss).backward()
+
+    def refresh(self) -> None:
+        # After a forward pass alone some weights are still gathered, as they were.
+        cast(FSDPModule, self.model).reshard()
 
 
 class DeepSpeedBackend(Backend):

@@ -24,7 +24,7 @@ class EMA:
     @torch.no_grad()
     def update(self, skip: Tensor) -> None:
         """`skip` is a scalar on the device: 1 leaves every average as it is, to the bit."""
-        share = (1 - self.decay) * (1 - skip)
+        share = (1 - self.decay) * (1 - skip.to(self.masters[0].device))
         torch._foreach_lerp_(self.averages, self.masters, [share] * len(self.masters))
 
     @torch.no_grad()

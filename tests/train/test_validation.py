@@ -26,6 +26,7 @@ from tests.ranks import run_on_ranks
 from train.backends import MOMENTS
 from train.build import build_loader, build_trainer
 from train.checkpoint import step_folders
+from train.ema import EMA
 from train.metrics import Metrics
 from train.sinks import Sink
 from train.trainer import Trainer
@@ -228,6 +229,13 @@ def test_a_line_for_each_validation(checkpoint, mixture, tmp_path):
     assert [line["step"] for line in lines] == [2, 4] and lines[1] == {"step": 4} | values
 
 
+def scaled(trainer: Trainer) -> EMA:
+    """Averages of another size than the weights, so that one cannot pass for the other."""
+    for average in trainer.ema.averages:
+        average.mul_(0.7)
+    return trainer.ema
+
+
 def on_rank(rank: int, checkpoint: Path, tasks: Path, folder: Path) -> dict[str, Any]:
     trainer = trainer_of(checkpoint, tasks, folder)
     calls = []
@@ -239,15 +247,18 @@ def on_rank(rank: int, checkpoint: Path, tasks: Path, folder: Path) -> dict[str,
         metrics.add_totals({"tokens": 10 + rank, "model_flops": 5.0, f"samples/{rank}": 4})
         line = metrics.log(2)
     recorder = Recorder()
-    found = {"line": line, "values": validation_of(trainer, tasks).run(3, trainer.ema, [recorder])}
-    return found | {"images": len(recorder.images), "forwards": len(calls)}
+    found = {
+        "line": line,
+        "values": validation_of(trainer, tasks).run(3, scaled(trainer), [recorder]),
+    }
+    return found | {"images": len(recorder.images)} | {"forwards": len(calls)}
 
 
 def test_ranks_change_no_number(checkpoint, tasks, tmp_path):
     """Three packs and four images on two ranks; rank 1 writes nothing."""
     trainer, threads = trainer_of(checkpoint, tasks, tmp_path / "one"), torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks have; others round otherwise
-    expected = validation_of(trainer, tasks).run(3, trainer.ema)
+    expected = validation_of(trainer, tasks).run(3, scaled(trainer))
     torch.set_num_threads(threads)
     first, second = run_on_ranks(2, on_rank, tmp_path / "two", checkpoint, tasks, tmp_path / "two")
     for found in (first, second):
