@@ -5,6 +5,9 @@ does not depend on W as long as W times the accumulated micro-batches stays the 
 """
 
 import copy
+import multiprocessing
+import os
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -123,10 +126,22 @@ class PackedLoader:
             num_workers=workers,
             prefetch_factor=self.config.prefetch_factor if workers else None,
             multiprocessing_context=context if workers else None,
+            worker_init_fn=_end_with_the_trainer,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # so that the global one is left alone
         )
         return iter(loader)
+
+
+def _end_with_the_trainer(_: int) -> None:
+    """In a worker. Torch ends it with its parent, which is the server and outlives a SIGKILL."""
+    trainer = multiprocessing.parent_process()
+
+    def wait() -> None:
+        trainer.join()  # type: ignore[union-attr]
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @dataclass

@@ -325,6 +325,7 @@ class Saver:
             failed, busy = sum_over_ranks([float(self.failed), float(writing)])
             if failed or not busy:
                 break
+            self.trainer.watch.alive()
             time.sleep(POLL_SECONDS)
         self.given_up.set()
         if self.thread is not None:

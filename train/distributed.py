@@ -157,16 +157,19 @@ class HangWatch:
     def __init__(self, timeout: float) -> None:
         """`timeout` in seconds, 0 for never; TRAIN_HANG_WATCHDOG_SECS wins over it."""
         self.timeout = float(os.environ.get("TRAIN_HANG_WATCHDOG_SECS") or timeout)
+        self.watching = False
 
     def __enter__(self) -> "HangWatch":
+        self.watching = self.timeout > 0
         self.alive()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.watching = False
         faulthandler.cancel_dump_traceback_later()
 
     def alive(self) -> None:
-        if self.timeout > 0:
+        if self.watching:
             faulthandler.dump_traceback_later(self.timeout, exit=True, file=sys.__stderr__ or 2)
 
 

@@ -177,9 +177,12 @@ class Metrics:
     def _write(self, step: int, line: Mapping[str, float]) -> None:
         if not self.writes:
             return
-        append_line(self.path, step, line)
-        for sink in self.sinks:
-            sink.scalars(step, {f"train/{name}": value for name, value in line.items()})
+        try:
+            append_line(self.path, step, line)
+            for sink in self.sinks:
+                sink.scalars(step, {f"train/{name}": value for name, value in line.items()})
+        except OSError as error:  # a full disk: the line is lost, the run is not
+            print(f"WARNING: step {step} is not logged: {error}", flush=True)
         names = [n for n in line if "/" not in n and not n.endswith(FILE_ONLY)]
         shown = "  ".join(f"{n} {line[n]:.3g}" for n in names)
         self.progress.update(self.task, completed=step, shown=shown)

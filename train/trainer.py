@@ -48,9 +48,10 @@ class Trainer:
     validation: Validation | None = None
     step: int = 0
     saver: Saver = field(init=False)
+    watch: HangWatch = field(init=False)
 
     def __post_init__(self) -> None:
-        self.saver = Saver(self)
+        self.saver, self.watch = Saver(self), HangWatch(self.args.training.hang_timeout)
 
     @property
     def run(self) -> Path:
@@ -69,7 +70,7 @@ class Trainer:
         path = self.run / "metrics.jsonl"
         with (
             StopRequest() as stop,
-            HangWatch(args.hang_timeout) as watch,
+            self.watch,
             Metrics(path, self.step, args.total_steps, sinks, peak) as metrics,
         ):
             while self.step < args.total_steps:
@@ -77,7 +78,7 @@ class Trainer:
                 self.step += 1
                 if freezing is not None:
                     freezing.after_step()
-                watch.alive()
+                self.watch.alive()
                 last = self.step == args.total_steps
                 events = [stop.received is not None, self.saver.failed]
                 stopped, failed = sum_over_ranks([float(event) for event in events])
@@ -91,7 +92,7 @@ class Trainer:
                 if self.step % args.save_every == 0 or last or stopped or self.step == retry:
                     with metrics.pause():
                         self.save(wait=bool(last or stopped or not args.async_save))
-                watch.alive()
+                self.watch.alive()
                 if stopped and not last:
                     raise Stopped(f"a signal came; saved at step {self.step}")
 

@@ -1,5 +1,6 @@
 """Faults that are put into whole runs, and what each of them may cost."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -137,6 +138,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(finished, common, tmp_path
     assert ended(common, run, note, **EVERY_STEP)[0] == [0]
     assert names(run) == list(range(1, STEPS + 1))
     assert_good(run, finished)
+    until(lambda: not any(writers(log) for log in tmp_path.glob("*.txt")))
     expected = faulty.samples(finished.parent)
     assert faulty.samples(tmp_path) == expected and len(expected) == STEPS
 
@@ -333,6 +335,15 @@ def test_no_secret_of_the_environment_is_written(finished):
     for path in files:
         content = path.read_bytes()
         assert not [name for name, value in SECRETS.items() if value.encode() in content], path
+
+
+def writers(log: Path) -> list[str]:
+    """Processes, also workers of a killed run, that still write there."""
+    found = []
+    for output in Path("/proc").glob("[0-9]*/fd/1"):
+        with contextlib.suppress(OSError):
+            found += [output.parts[2]] if output.readlink() == log else []
+    return found
 
 
 def until(holds: Callable[[], object]) -> None:
