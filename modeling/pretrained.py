@@ -30,6 +30,7 @@ from .bagel.modeling_utils import sin_cos_table
 
 Weights = Literal["ema", "model"]
 Shape = tuple[int, ...]
+Json = dict[str, Any]
 
 VAE_PREFIX = "vae."
 VAE_FILE = "ae.safetensors"
@@ -55,21 +56,29 @@ EMBEDDINGS = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
 SHARD_BYTES = 5 * 10**9
 """Largest size of a weight file, unless a single tensor is larger."""
+EMA_HINT = (
+    "--finetune_from_ema True reads ema.safetensors, False reads model.safetensors; "
+    "neither stands in for the other"
+)
 LLM_FIELDS = ("qk_norm", "layer_module")
 """Ours in `llm_config.json`; released folders lack them."""
-SETTINGS = {*LLM_FIELDS, *(f.name for f in dataclasses.fields(BagelConfig))} - {"llm", "vit", "vae"}
+SETTINGS = {*LLM_FIELDS, "tie_word_embeddings", "vit_patch_size"} | (
+    {f.name for f in dataclasses.fields(BagelConfig)} - {"llm", "vit", "vae"}
+)
 """What `bagel_config.json` may hold and overrides may set."""
 
 FLAGS = (
+    (r"lm_head", "--tie_word_embeddings"),
+    (r"patch_embedding", "--vit_patch_size"),
     (r"latent_pos_embed", "--max_latent_size"),
     (r"vit_pos_embed|position_emb|vit_model.*rope", "--vit_max_num_patch_per_side or --vit_rope"),
     (r"vit_model.*encoder\.layers\.", "--vit_select_layer (or num_hidden_layers of vit_config)"),
     (r"[qk]_norm", "--llm_qk_norm"),
     (r"_moe_gen", "--layer_module"),
     (r"vae2llm|llm2vae", "--latent_patch_size"),
-    (r"^(vit_model|connector)", "--model_path: vit_config.json missing or of another ViT size?"),
+    (r"^(vit_model|connector)", "--model_path (or --vit_path): configuration of another ViT?"),
     (r"^vae\.", "--model_path: vae_config.json missing or of another autoencoder?"),
-    (r".", "--model_path: llm_config.json of another model size?"),
+    (r".", "--model_path (or --llm_path): configuration of another model size?"),
 )
 """What to change when tensors of a name do not fit; the first match counts."""
 
@@ -118,17 +127,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def weight_files(folder: Path, weights: str) -> list[Path]:
+def weight_files(folder: Path, weights: str, hint: str = EMA_HINT) -> list[Path]:
     """The file(s) of `weights`. Raises CheckpointError that lists what is there instead."""
     index = read_json(folder / f"{weights}.safetensors.index.json")
     names = set(index["weight_map"].values()) if index else {f"{weights}.safetensors"}
     if missing := sorted(name for name in names if not (folder / name).exists()):
         there = sorted(f.name for f in folder.glob("*")) if folder.is_dir() else "no such folder"
-        raise CheckpointError(
-            f"{folder}: {', '.join(missing)} not found; there is {there}. "
-            f"--finetune_from_ema True reads ema.safetensors, False reads model.safetensors; "
-            "neither stands in for the other"
-        )
+        raise CheckpointError(f"{folder}: {', '.join(missing)} not found; there is {there}. {hint}")
     return sorted(folder / name for name in names)
 
 
@@ -147,8 +152,7 @@ def read_tensors(
         try:
             tensors |= {prefix + name: tensor for name, tensor in read(file).items()}
         except (OSError, SafetensorError) as error:
-            hint = "is the folder of --model_path or --resume_from whole?"
-            raise DamagedError(f"{file}: unreadable ({hint}): {error}") from error
+            raise DamagedError(f"{file}: unreadable (is its folder whole?): {error}") from error
     return tensors
 
 
@@ -158,7 +162,7 @@ def _read_header(file: Path) -> dict[str, Tensor]:
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -173,7 +177,7 @@ def read_config(
     llm, vit = read_json(folder / "llm_config.json"), read_json(folder / "vit_config.json")
     if not llm:
         raise CheckpointError(f"{folder}: llm_config.json not found")
-    vae = _vae_config(folder, shapes)
+    vae = vae_config(folder, shapes)
     saved = read_json(folder / "bagel_config.json", SETTINGS)
     stated = {key: llm[key] for key in LLM_FIELDS if key in llm}
     settings = _inferred(shapes, vae) | stated | saved | dict(overrides or {})
@@ -182,9 +186,16 @@ def read_config(
             f"{folder}/llm_config.json lacks {', '.join(absent)} and there are no weights that "
             "tell it: set --layer_module and --llm_qk_norm"
         )
-    llm |= {key: settings.pop(key) for key in LLM_FIELDS}
-    vit_config = SiglipVisionConfig(**vit) if vit else None
-    return BagelConfig(llm=Qwen2Config(**llm), vit=vit_config, vae=vae, **settings)
+    return make_config(llm, vit, vae, settings)
+
+
+def make_config(llm: Json, vit: Json, vae: AutoencoderConfig | None, settings: Json) -> BagelConfig:
+    """Of Qwen2's and SigLIP's JSON (maybe empty) and `settings`, which win over both."""
+    own = dict(settings)
+    llm = llm | {k: own.pop(k) for k in (*LLM_FIELDS, "tie_word_embeddings") if k in own}
+    patch = own.pop("vit_patch_size", None)
+    vit_config = SiglipVisionConfig(**vit | ({"patch_size": patch} if patch else {}))
+    return BagelConfig(llm=Qwen2Config(**llm), vit=vit_config if vit else None, vae=vae, **own)
 
 
 def _inferred(shapes: Mapping[str, Shape], vae: AutoencoderConfig | None) -> dict[str, Any]:
@@ -205,7 +216,7 @@ def _inferred(shapes: Mapping[str, Shape], vae: AutoencoderConfig | None) -> dic
     return inferred
 
 
-def _vae_config(folder: Path, shapes: Mapping[str, Shape]) -> AutoencoderConfig | None:
+def vae_config(folder: Path, shapes: Mapping[str, Shape]) -> AutoencoderConfig | None:
     fields = {f.name for f in dataclasses.fields(AutoencoderConfig)}
     saved = read_json(folder / "vae_config.json", fields | {"downsample", "resolution"})
     if saved:
@@ -281,14 +292,14 @@ def open_pretrained(
         verify_manifest(folder, [f.name for f in read])
     tensors = read_tensors(files, "", headers_only)
     tensors |= read_tensors(vae_files, VAE_PREFIX, headers_only)
-    config = read_config(folder, _shapes(tensors), overrides)
+    config = read_config(folder, shapes_of(tensors), overrides)
     with torch.device("meta"):
         model = Bagel(config, autoencoder=autoencoder)
-    expected = _shapes(model.state_dict())
+    expected = shapes_of(model.state_dict())
     recomputed = tuple(n for n in POSITION_TABLES if n in expected and n not in tensors)
-    tied = (HEAD,) if config.llm.tie_word_embeddings else ()
-    found = {n: expected[n] for n in (*recomputed, *tied)} | _shapes(tensors)
-    _require_fit(folder, expected, found)
+    if tied := config.llm.tie_word_embeddings:
+        del expected[HEAD]  # which would be dropped without a word
+    require_fit(folder, expected, {n: expected[n] for n in recomputed} | shapes_of(tensors))
     for name in recomputed:
         rows, channels = expected[name]
         tensors[name] = sin_cos_table(math.isqrt(rows), channels).to(tensors[EMBEDDINGS])
@@ -315,13 +326,16 @@ def load_architecture(folder: str | Path, overrides: Mapping[str, Any] | None = 
     The sizes come from the folder's JSON files alone: there need not be any weights of the model.
     """
     vae = read_tensors([Path(folder) / VAE_FILE])
-    shapes = {VAE_PREFIX + name: shape for name, shape in _shapes(vae).items()}
+    shapes = {VAE_PREFIX + name: shape for name, shape in shapes_of(vae).items()}
     model = Bagel(read_config(Path(folder), shapes, overrides))
     model.vae.load_state_dict(vae, strict=True, assign=True)
     return model
 
 
-def _require_fit(folder: Path, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
+def require_fit(
+    folder: Path | str, expected: Mapping[str, Shape], found: Mapping[str, Shape]
+) -> None:
+    """Raises CheckpointError that names tensors which differ, each with what to change."""
     problems = {n: f"missing {n} {s}" for n, s in expected.items() if n not in found}
     problems |= {n: f"unexpected {n} {s}" for n, s in found.items() if n not in expected}
     problems |= {

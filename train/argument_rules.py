@@ -72,8 +72,9 @@ def settle(args: "RunArguments", docs: dict[str, str]) -> list[str]:
     if model.layer_module == OLD_LAYER_MODULE:
         model.layer_module = OLD_LAYER_MODULE.removesuffix("_with_hidden_outputs")
         warnings.append(f"layer_module={OLD_LAYER_MODULE} means {model.layer_module}")
-    if t.finetune_from_hf and model.llm_path is not None:
-        warnings.append(f"llm_path={model.llm_path} is not read with finetune_from_hf=True")
+    for name in ("llm_path", "vit_path"):
+        if t.finetune_from_hf and (path := getattr(model, name)) is not None:
+            warnings.append(f"{name}={path} is not read with finetune_from_hf=True")
     if t.warmup_steps > t.total_steps:
         warnings.append(
             f"warmup_steps={t.warmup_steps} exceeds total_steps={t.total_steps}: lr={t.lr} is "
@@ -146,10 +147,14 @@ def _of_the_start(args: "RunArguments") -> Iterator[str]:
             "finetune_from_ema=True would replace by their average: drop one, or start anew from "
             "the average with resume_model_only=True"
         )
-    if not t.finetune_from_hf and model.llm_path is None:
-        yield "finetune_from_hf=False needs llm_path"
-    if not t.finetune_from_hf and t.finetune_from_ema and t.resume_from is None:
-        yield "finetune_from_ema reads model_path, which finetune_from_hf=False does not"
+    if not t.finetune_from_hf:
+        folders = ("llm_path", "vit_path", "model_path")
+        if absent := [name for name in folders if getattr(model, name) is None]:
+            yield f"finetune_from_hf=False needs {', '.join(absent)}"
+        if t.init_from_scratch:
+            yield "init_from_scratch and finetune_from_hf=False contradict each other: drop one"
+        if t.finetune_from_ema and t.resume_from is None:
+            yield "finetune_from_ema has no use with finetune_from_hf=False: no folder has averages"
     if model.use_flex and model.attention_backend != "flex":
         yield f"use_flex=True and attention_backend={model.attention_backend} contradict each other"
 

@@ -27,14 +27,15 @@ from .argument_rules import contradictions, out_of_range, settle
 @dataclass(kw_only=True)
 class ModelArguments:
     model_path: str | None = None
-    """Checkpoint folder in BAGEL's layout: configs, tokenizer, weights and autoencoder."""
+    """Checkpoint folder in BAGEL's layout: configs, tokenizer, weights and autoencoder; with
+    finetune_from_hf=False the autoencoder alone."""
     llm_path: str | None = None
-    """Qwen2 folder to start from with finetune_from_hf=False."""
+    """Qwen2 folder (config, tokenizer, weights) to start from with finetune_from_hf=False."""
     vit_path: str | None = None
-    """SigLIP folder to start from with finetune_from_hf=False."""
+    """SigLIP folder (config, weights) to start from with finetune_from_hf=False."""
     llm_qk_norm: bool | None = None
     """Normalise queries and keys per head. None takes this and the following sizes from the
-    checkpoint; a value must agree with it."""
+    checkpoint, with which a value must agree; with finetune_from_hf=False BAGEL's own are taken."""
     tie_word_embeddings: bool | None = None
     """Share the embedding of tokens with the language head."""
     layer_module: str | None = None
@@ -134,7 +135,7 @@ class TrainingArguments:
     init_from_scratch: bool = False
     """Random initial weights (configs, tokenizer and autoencoder still from `model_path`)."""
     copy_init_moe: bool = True
-    """From scratch: the generation expert starts as a copy of the understanding expert."""
+    """The generation expert starts as a copy of the understanding expert, if no file has it."""
     dry_run: bool = False
     """Check everything that can be known before the first step, print it and exit."""
     log_every: int = 10

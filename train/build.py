@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,9 +11,10 @@ from torch import Tensor
 from data.config import load_mixture
 from data.loader import LoaderConfig, PackedLoader
 from data.packer import PackerConfig
-from data.tokenizer import Tokenizer
+from data.tokenizer import SPECIAL, Tokenizer
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.losses import CrossEntropy, LossSet, PixelTerm, SSIMTerm, Term, VelocityMSE
+from modeling.parts import open_parts
 from modeling.pretrained import (
     MANIFEST,
     SETTINGS,
@@ -37,6 +39,7 @@ from .telemetry import Telemetry
 from .trainer import Trainer
 from .validation import Validation, first_pairs
 
+Start = Weights | Literal["parts"]
 Check = Callable[..., None]
 """As `checkpoint.verify`."""
 
@@ -136,13 +139,15 @@ def resume_folder(args: TrainingArguments, check: Check = verify) -> Path | None
     return folder
 
 
-def start(args: RunArguments, folder: Path | None) -> tuple[Path, Weights]:
-    """Where the weights come from, and which."""
+def start(args: RunArguments, folder: Path | None) -> tuple[Path, Start]:
+    """Where tokenizer and weights come from, and which."""
     training, model_path = args.training, args.model.model_path
     if folder is not None and not args.model.lora_rank:
         return folder, "model"
     if training.resume_from is not None and training.resume_model_only:
         model_path = training.resume_from
+    elif not training.finetune_from_hf:
+        return Path(str(args.model.llm_path)), "parts"
     if model_path is None:
         raise ValueError(
             "--model_path is needed: a checkpoint folder. Random weights too take configs, "
@@ -154,7 +159,7 @@ def start(args: RunArguments, folder: Path | None) -> tuple[Path, Weights]:
 def open_model(
     args: RunArguments,
     source: Path,
-    weights: Weights,
+    weights: Start,
     check: Check = verify,
     headers_only: bool = False,
 ) -> tuple[Bagel, dict[str, Tensor], LoadReport | str]:
@@ -169,6 +174,12 @@ def open_model(
         report = f"RANDOM weights in the sizes of {source} (init_from_scratch)"
         tensors = model.state_dict()
         return model.to("meta"), tensors, report
+    if weights == "parts":
+        seed, copy = args.training.global_seed, args.training.copy_init_moe
+        vae, vit = Path(str(args.model.model_path)), Path(str(args.model.vit_path))
+        if (vae / MANIFEST).exists():
+            check(vae, [VAE_FILE, *(p.name for p in vae.glob("vae_config.json"))])
+        return open_parts(source, vit, vae, overrides, seed, copy, headers_only)
     files = weight_files(source, weights)
     if (source / MANIFEST).exists():
         check(source, [p.name for p in (*files, source / VAE_FILE, *source.glob("*_config.json"))])
@@ -215,7 +226,11 @@ def build_loader(args: RunArguments, model: Bagel, source: Path) -> PackedLoader
     loader = LoaderConfig(**{f.name: getattr(data, f.name) for f in fields(LoaderConfig)})
     mixture = load_mixture(data.dataset_config_file, data.data_root)
     packer = packer_config(args, model)
-    return PackedLoader(mixture, loader, packer, Tokenizer(source), rank(), world_size())
+    tokenizer, rows = Tokenizer(source), model.config.llm.vocab_size
+    ids = zip(SPECIAL, tokenizer.qwen2.convert_tokens_to_ids([*SPECIAL]), strict=True)
+    if outside := [f"{token} ({i})" for token, i in ids if i >= rows]:
+        raise ValueError(f"{source}: {', '.join(outside)} outside of a vocabulary of {rows}")
+    return PackedLoader(mixture, loader, packer, tokenizer, rank(), world_size())
 
 
 def build_validation(trainer: Trainer) -> Validation:

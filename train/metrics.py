@@ -21,10 +21,11 @@ from .sinks import Sink
 MEASURED = ("tokens_per_s", "tokens_per_s_per_gpu", "step_s", "data_wait_share", "mfu", "memory_gb")
 """Names that depend on the machine, not on the run."""
 FILE_ONLY = (
-    *("tokens", "_weighted", "_count", "_images", "_clamped", "_grad_norm", "_grad_max"),
-    *("model_flops", "samples", "_per_gpu"),
+    *("tokens", "_weighted", "_count", "_images", "_share", "_clamped", "_grad_norm", "_grad_max"),
+    *("model_flops", "samples", "_per_gpu", "step_s", "_model", "mot_und", "mot_gen", "_other"),
 )
 """Endings of names that are written and not shown; nor are names of a group, `group/name`."""
+SHOWN_IF_ANY = ("nonfinite_steps", "spikes")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -184,6 +185,7 @@ class Metrics:
         except OSError as error:  # a full disk: the line is lost, the run is not
             print(f"WARNING: step {step} is not logged: {error}", flush=True)
         names = [n for n in line if "/" not in n and not n.endswith(FILE_ONLY)]
+        names = [n for n in names if line[n] or n not in SHOWN_IF_ANY]
         shown = "  ".join(f"{n} {line[n]:.3g}" for n in names)
         self.progress.update(self.task, completed=step, shown=shown)
         if self.progress.disable:

@@ -79,17 +79,22 @@ class Bagel(nn.Module):
 
         `copy_init_moe` copies the understanding expert into the generation expert.
         """
-        std = self.config.llm.initializer_range
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding) and not name.startswith("vae."):
-                for parameter_name, parameter in module.named_parameters():
-                    fixed_zero = name == "llm2vae" or parameter_name == "bias"
-                    nn.init.normal_(parameter, std=0.0 if fixed_zero else std)
+        for name, parameter in self.named_parameters():
+            if (std := self.initial_std(name)) is not None:
+                nn.init.normal_(parameter, std=std)
         if copy_init_moe:
             state = self.language_model.state_dict()
             for name in state:
                 state[name] = state[name.replace("_moe_gen", "")]
             self.language_model.load_state_dict(state)
+
+    def initial_std(self, name: str) -> float | None:
+        """Deviation of a parameter's random initial values, None where they are not random."""
+        module, _, kind = name.rpartition(".")
+        linear = isinstance(self.get_submodule(module), nn.Linear | nn.Embedding)
+        if not linear or name.startswith("vae."):
+            return None
+        return 0.0 if module == "llm2vae" or kind == "bias" else self.config.llm.initializer_range
 
     def embed_text(self, ids: Tensor) -> Tensor:
         return self.language_model.model.embed_tokens(ids)

@@ -164,7 +164,7 @@ def test_missing_tensor_is_named(folder):
 
 def test_unexpected_tensor_is_named(folder):
     change(folder, lambda tensors: tensors.update(stranger=torch.zeros(2, 3)))
-    assert "unexpected stranger (2, 3) [check --model_path: llm_config.json" in failure(folder)
+    assert "unexpected stranger (2, 3) [check --model_path (or --llm_path): conf" in failure(folder)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +186,11 @@ def test_unexpected_tensor_is_named(folder):
             "[check --latent_patch_size]",
         ),
         ({"layer_module": "Qwen2DecoderLayer"}, "_moe_gen.weight (32, 32) [check --layer_module]"),
+        (
+            {"vit_patch_size": 7},
+            "patch_embedding.weight: checkpoint (24, 588), model (24, 147) [check --vit_patch",
+        ),
+        ({"tie_word_embeddings": True}, f"unexpected {HEAD} (512, 32) [check --tie_word_embed"),
         ({"qk_norm": False}, "q_norm.weight (8,) [check --llm_qk_norm]"),
         ({"vit_rope": True}, "position_embedding.weight (64, 24) [check --vit_max"),
         ({"vit_rope": True}, "missing vit_model.vision_model.rope.cos_h (64, 6) [check --vit_max"),
@@ -201,7 +206,7 @@ def test_another_model_size_is_named(folder):
     (folder / "manifest.json").unlink()
     message = failure(folder)
     assert f"misshapen {EMBED}: checkpoint (512, 32), model (512, 48)" in message
-    assert "[check --model_path: llm_config.json of another model size?]" in message
+    assert "[check --model_path (or --llm_path): configuration of another model size?]" in message
     assert re.search(r"and \d+ more", message)
 
 
@@ -294,6 +299,22 @@ def test_tied_embeddings_stay_tied(tmp_path):
     assert loaded.language_model.lm_head.weight is loaded.language_model.model.embed_tokens.weight
     assert different(loaded.state_dict(), model.state_dict()) == []
     assert report.parameters == sum(p.numel() for p in model.parameters())
+    message = failure(tmp_path, overrides={"tie_word_embeddings": False})
+    assert f"missing {HEAD} (64, 32) [check --tie_word_embeddings]" in message
+    whole = saved | {HEAD: saved[EMBED].clone()}
+    save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "manifest.json").unlink()
+    untied, _ = load_pretrained(tmp_path, "model", overrides={"tie_word_embeddings": False})
+    assert different(untied.state_dict(), model.state_dict()) == []
+    assert f"unexpected {HEAD} (64, 32) [check --tie_word_embeddings]" in failure(tmp_path)
+
+
+@pytest.mark.parametrize("agrees", [{"vit_patch_size": 14}, {"tie_word_embeddings": False}])
+def test_a_setting_that_agrees_changes_nothing(checkpoint, agrees):
+    plain, given = (load_pretrained(checkpoint, "model", overrides=o)[0] for o in ({}, agrees))
+    assert given.config.vit.to_dict() == plain.config.vit.to_dict()
+    assert given.config.llm.to_dict() == plain.config.llm.to_dict()
+    assert different(given.state_dict(), plain.state_dict()) == []
 
 
 def test_untied_heads_may_not_be_missing(folder):

@@ -13,6 +13,8 @@ from train.arguments import TrainingArguments, parse_arguments
 from train.build import build_terms
 from train.main_sr_pixel_loss import main
 
+PARTS = {"finetune_from_hf": False, "llm_path": "qwen", "vit_path": "siglip", "model_path": "vae"}
+
 
 def yaml_file(path: Path, text: str) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,10 +182,21 @@ def test_files_that_extend_each_other(tmp_path):
             "resume_model_only=True and resume_model_optimizer=True contradict each other",
         ),
         ({"resume_from": "x", "finetune_from_ema": True}, "finetune_from_ema=True would replace"),
-        ({"finetune_from_hf": False}, "finetune_from_hf=False needs llm_path"),
         (
-            {"finetune_from_hf": False, "llm_path": "qwen", "finetune_from_ema": True},
-            "finetune_from_ema reads model_path, which finetune_from_hf=False does not",
+            {"finetune_from_hf": False},
+            "finetune_from_hf=False needs llm_path, vit_path, model_path",
+        ),
+        (
+            {"finetune_from_hf": False, "llm_path": "qwen", "vit_path": "siglip"},
+            "finetune_from_hf=False needs model_path",
+        ),
+        (
+            PARTS | {"finetune_from_ema": True},
+            "finetune_from_ema has no use with finetune_from_hf=",
+        ),
+        (
+            PARTS | {"init_from_scratch": True},
+            "init_from_scratch and finetune_from_hf=False contra",
         ),
         ({"use_flex": True, "attention_backend": "sdpa"}, "use_flex=True and attention_backend"),
         (
@@ -263,6 +276,7 @@ def test_what_arguments_imply():
         (["--backward_prefetch=None"], ["command line: backward_prefetch: No effect: FSDP2"]),
         (["--local_rank=3"], []),
         (["--llm_path=q"], ["command line: llm_path=q is not read with finetune_from_hf=True"]),
+        (["--vit_path=v"], ["command line: vit_path=v is not read with finetune_from_hf=True"]),
         (
             ["--layer_module=Qwen2MoTDecoderLayer_with_hidden_outputs"],
             ["command line: layer_module=Qwen2MoTDecoderLayer_with_hidden_outputs means Qwen2MoTD"],

@@ -5,6 +5,7 @@ The global batch is that of four packs throughout: ranks times accumulated micro
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modeling.pretrained import load_pretrained
-from tests.helpers import run_arguments
+from modeling.bagel.bagel import Bagel
+from modeling.pretrained import load_pretrained, open_pretrained, save_pretrained
+from tests.helpers import run_arguments, tiny_config
 from tests.ranks import run_on_ranks
+from train.arguments import TrainingArguments
+from train.backends import make_backend
 from train.build import build_trainer
 from train.distributed import process_group, world_size
+from train.optim import apply_freeze_plan
 
 PACKS = 4
 SETTINGS: dict[str, Any] = {
@@ -177,3 +182,40 @@ def test_backends_refuse_what_does_not_fit(checkpoint, mixture, tmp_path):
     ):
         settings = {"backend": "fsdp", "num_replicate": 2, "num_shard": 1}
         build_trainer(run_arguments(checkpoint, mixture, tmp_path, **settings))
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is not a mapped file."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in x)
+    return 1024 * int(line.split()[1])
+
+
+def loading(rank: int, folder: Path) -> tuple[int, int]:
+    """Bytes of the model, and the most that loading it has added to this process."""
+    model, tensors, _ = open_pretrained(folder, "model")
+    before, most, ended = anonymous_bytes(), 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal most
+        while not ended.wait(0.002):
+            most = max(most, anonymous_bytes() - before)
+
+    watch = threading.Thread(target=sample)
+    watch.start()
+    args = TrainingArguments(backend="fsdp", freeze_llm=True)
+    apply_freeze_plan(model, args)
+    backend = make_backend(model, tensors, args, torch.device("cpu"))
+    ended.set()
+    watch.join()
+    return sum(backend.sizes.values()), most
+
+
+def test_loading_takes_the_memory_of_a_shard(tmp_path):
+    """Files are mapped and each rank copies its part: no rank ever holds the model."""
+    config = tiny_config({"vocab_size": 20_000, "hidden_size": 768, "intermediate_size": 3072})
+    model = Bagel(config)
+    save_pretrained(model, tmp_path / "c", {"model": model.state_dict()})
+    del model
+    for size, most in run_on_ranks(2, loading, tmp_path / "ranks", tmp_path / "c"):
+        assert size > 2.5e8
+        assert most < 0.6 * size
