@@ -167,3 +167,16 @@ def test_a_train_step_fits_on_a_screen():
     assert step.end_lineno - step.lineno + 1 <= MAX_STEP_LINES
     names = {n.value for n in ast.walk(step) if isinstance(n, ast.Constant)}
     assert not names & {"ce", "mse", "pixel", "ssim"}
+
+
+def test_every_test_that_the_reliability_page_names_is_there():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    file = None
+    names = re.findall(r"`([\w/]+\.py)?(?:::)?(test_\w+)?`", page)
+    found = 0
+    for path, name in names:
+        file = ROOT / "tests" / path if path else file
+        if name and file is not None:
+            assert f"def {name}(" in file.read_text(), (file.name, name)
+            found += 1
+    assert found > 20
