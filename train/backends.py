@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.losses import LossTerm
+from modeling.bagel.qwen2_navit import Experts
 from modeling.batch import PackedBatch
 from modeling.pretrained import read_json
 
@@ -89,6 +90,9 @@ class Backend:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             if args.compile:
                 block.compile(dynamic=True)
+        for module in model.modules():
+            if isinstance(module, Experts):
+                module.skip_empty = world_size() == 1
         self.place(tensors)
         self.weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizer = self.build_optimizer()

@@ -139,6 +139,9 @@ class Experts(nn.Module):
     With `freeze_und` the first expert runs without a graph, so its outputs are constants.
     """
 
+    skip_empty = True
+    """Without a graph an expert without tokens is left out; not where ranks share its weights."""
+
     def __init__(self, config: BagelConfig) -> None:
         super().__init__()
         self.suffixes, self.mlp_suffixes = SUFFIXES[config.layer_module]
@@ -156,7 +159,7 @@ class Experts(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_und):
             und = run(suffixes[0], *und_rows)
         # In training an empty block runs too: its weights then get zero gradients, not None.
-        if len(gen_rows[0]) == 0 and not torch.is_grad_enabled():
+        if self.skip_empty and len(gen_rows[0]) == 0 and not torch.is_grad_enabled():
             return und, und[:0]
         return und, run(suffixes[-1], *gen_rows)
 
