@@ -95,6 +95,9 @@ class Backend:
                 module.skip_empty = world_size() == 1
         self.place(tensors)
         self.weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        state = model.state_dict(keep_vars=True)
+        self.constant = {n: t for n, t in state.items() if n not in self.weights}
+        """Frozen weights and buffers."""
         self.optimizer = self.build_optimizer()
         self.load_moments({}, 0.0)
 
@@ -170,7 +173,9 @@ class Backend:
 
     def full(self, name: str) -> Tensor:
         """A weight (its master) or buffer as a whole, on the device."""
-        return _whole(self.model.state_dict()[name])
+        if name in self.weights:
+            return _whole_like(self.by_name[name], self.weights[name])
+        return _whole(self.constant[name])
 
     def moment(self, name: str, kind: str) -> Tensor:
         """One of MOMENTS as a whole, on the device."""
@@ -319,7 +324,7 @@ class DeepSpeedBackend(Backend):
     def full(self, name: str) -> Tensor:
         if name in self.weights:
             return self.access.safe_get_full_fp32_param(self.weights[name])
-        found = self.model.state_dict(keep_vars=True)[name]
+        found = self.constant[name]
         if not hasattr(found, "ds_id"):
             return found.detach()
         import deepspeed
