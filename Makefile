@@ -15,8 +15,9 @@ setup: .venv/ready
 demo: setup
 	PATH="$(CURDIR)/$(VENV):$$PATH" bash scripts/tiny/demo.sh
 
+# One thread each: more would only wait for one another. A file's tests share their fixtures.
 test: setup
-	$(VENV)/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(VENV)/ruff check .

@@ -44,6 +44,7 @@ setup(
             *LORA,
             "mypy==2.4.1",
             "pytest==9.2.0",
+            "pytest-xdist==3.8.0",
             "ruff==0.17.6",
             "types-PyYAML==6.0.12.20261113",
         ],

@@ -24,6 +24,7 @@ from torch import Tensor
 from modeling.pretrained import (
     MANIFEST,
     PREPROCESSOR_FILE,
+    TOKENIZER_FILES,
     DamagedError,
     file_plan,
     read_json,
@@ -213,6 +214,9 @@ class Saver:
     def __init__(self, trainer: "Trainer") -> None:
         self.trainer, self.args = trainer, trainer.args.training
         self.run = Path(self.args.checkpoint_dir)
+        files = [trainer.source / name for name in TOKENIZER_FILES]
+        # Kept, because the source may be a step folder that is dropped one day.
+        self.tokenizer = {file.name: file.read_bytes() for file in files if file.exists()}
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
         """What this rank has met and `finish` has not told yet."""
@@ -266,7 +270,9 @@ class Saver:
         def write(folder: Path) -> None:
             for stem, (plan, size) in plans(trainer).items():
                 write_index(folder, stem, plan, size)
-            save_settings(trainer.model, folder, trainer.source)
+            save_settings(trainer.model, folder)
+            for name, content in self.tokenizer.items():
+                (folder / name).write_bytes(content)
             write_json(folder / "trainer_state.json", state)
             # So that inference prepares images as training did.
             write_json(folder / PREPROCESSOR_FILE, trainer.loader.resize_rules)

@@ -89,3 +89,13 @@ def test_what_a_step_folder_holds(trainer, checkpoint):
     vae = (load_file(f / "ae.safetensors") for f in (folder, checkpoint))
     assert all(torch.equal(a, b) for a, b in zip(*(v.values() for v in vae), strict=True))
     assert json.loads((folder / "trainer_state.json").read_text())["step"] == 4
+
+
+def test_a_tokenizer_outlives_the_folder_that_a_run_was_resumed_from(checkpoint, mixture, tmp_path):
+    for steps in (1, 4):
+        settings = {"total_steps": steps, "save_every": 1, "max_checkpoints": 1}
+        build_trainer(run_arguments(checkpoint, mixture, tmp_path, **settings)).fit()
+    assert names(tmp_path) == ["0000004"]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        found, expected = (folder / name for folder in (tmp_path / "0000004", checkpoint))
+        assert found.read_bytes() == expected.read_bytes()
