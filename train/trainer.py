@@ -89,6 +89,7 @@ class Trainer:
                 if self.validation and (self.step % args.val_every == 0 or last):
                     with metrics.pause():
                         self.validation.run(self.step, self.ema, sinks)
+                    self.best_steps([])  # a misspelt metric is found now, not at the first save
                 if self.step % args.save_every == 0 or last or stopped or self.step == retry:
                     with metrics.pause():
                         self.save(wait=bool(last or stopped or not args.async_save))

@@ -313,3 +313,11 @@ def test_a_run_validates_and_keeps_its_best_steps(checkpoint, mixture, tmp_path)
     kept.add(max(history, key=lambda line: line["val/psnr/mean"])["step"])
     assert {int(folder.name) for folder in step_folders(trainer.run)} == kept
     assert len(list((trainer.run / "validation").glob("0000001_*.png"))) == 1
+
+
+def test_a_misspelt_best_metric_ends_the_run_at_the_first_validation(checkpoint, tasks, tmp_path):
+    settings = {"val_dataset_config_file": tasks, "val_every": 1, "val_steps": 1, "val_images": 1}
+    trainer = trainer_of(checkpoint, tasks, tmp_path, best_metrics="val/psnr/maen", **settings)
+    with pytest.raises(ValueError, match="best_metrics: .*did you mean 'val/psnr/mean'"):
+        trainer.fit()
+    assert trainer.step == 1
