@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -146,6 +146,8 @@ class Backend:
             if weight.grad is not None:
                 self.by_name[name].grad = _local(weight.grad)
         grads = [master.grad for master in self.masters if master.grad is not None]
+        if not grads:
+            return torch.zeros((), device=self.device)
         squares = torch.stack([n.square() for n in torch._foreach_norm(grads)]).sum()
         norm = (all_reduce(squares, group=self.shards) if self.shards else squares).sqrt()
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -153,7 +155,8 @@ class Backend:
 
     def update(self, skip: Tensor) -> None:
         """One optimizer step, or, where `skip` (a scalar on the device) is 1, none."""
-        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        # Offloaded weights need it on the host, and there in time.
+        self.optimizer.found_inf = skip.to(self.masters[0].device)  # type: ignore[attr-defined]
         self.optimizer.step()
         for master in self.masters:
             master.grad = None
@@ -210,7 +213,7 @@ class FSDPBackend(Backend):
     def place(self, tensors: Tensors) -> None:
         model, args = self.model, self.args
         self.shards = (mesh := make_mesh(self.device.type, args))["shard"].get_group()
-        dtype = torch.bfloat16 if args.bf16 else None
+        model.compute_dtype = dtype = torch.bfloat16 if args.bf16 else None
         options: dict[str, Any] = {
             "mesh": mesh if mesh["replicate"].size() > 1 else mesh["shard"],
             "mp_policy": MixedPrecisionPolicy(
@@ -240,7 +243,9 @@ class FSDPBackend(Backend):
 
     def refresh(self) -> None:
         # After a forward pass alone some weights are still gathered, as they were.
-        cast(FSDPModule, self.model).reshard()
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 class DeepSpeedBackend(Backend):
@@ -300,7 +305,7 @@ class DeepSpeedBackend(Backend):
         return torch.where(norm < 0, torch.nan, norm).float()
 
     def update(self, skip: Tensor) -> None:
-        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        self.optimizer.found_inf = skip.to(self.masters[0].device)  # type: ignore[attr-defined]
         self.engine.step()
 
     @torch.no_grad()

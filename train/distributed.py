@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -177,19 +177,22 @@ class HangWatch:
 def locked(path: Path) -> Iterator[None]:
     """Keeps other runs out of a folder. Raises ValueError on all ranks, with host and pid of the
     run that has it. The system drops the lock of a killed process."""
-    file, error = None, None
+    file: IO[str] | None = None
+    error: Exception | None = None
     if rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
             # Not flock: that lock would live on in workers of a killed process.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             print(f"{socket.gethostname()} pid {os.getpid()}", file=file, flush=True)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            owner = file.read().strip()
-            error = ValueError(f"{path.parent} is in use by another run: {owner}")
+        except OSError as found:
+            error = found
+            if file is not None and isinstance(found, BlockingIOError | PermissionError):
+                file.seek(0)
+                owner = file.read().strip()
+                error = ValueError(f"{path.parent} is in use by another run: {owner}")
     try:
         first_error(error)
         yield

@@ -14,6 +14,7 @@ from train.build import build_trainer  # noqa: E402
 from train.checkpoint import SaveError  # noqa: E402
 from train.distributed import (  # noqa: E402
     STOP_EXIT_CODE,
+    HangWatch,
     launched_rank,
     local_device,
     locked,
@@ -41,7 +42,8 @@ def main(argv: list[str] | None = None) -> None:
         with process_group(device, 2 * training.hang_timeout, wanted), locked(run / "run.lock"):
             if rank() == 0:
                 print(args.table(), flush=True)
-            trainer = build_trainer(args)
+            with HangWatch(training.hang_timeout):
+                trainer = build_trainer(args)
             if rank() == 0:
                 args.save(run / "training_args.json")
             trainer.fit()

@@ -64,6 +64,8 @@ class Trainer:
     def fit(self) -> None:
         """Raises Stopped after a signal, NonFiniteError and SaveError when going on is useless."""
         args, retry = self.args.training, 0
+        if self.step >= args.total_steps and rank() == 0:
+            print(f"nothing to do: step {self.step} of total_steps={args.total_steps}", flush=True)
         freezing = FreezingCheck(self.backend) if args.validate_freezing else None
         sinks = build_sinks(args, self.run, self.step)
         peak = peak_flops(self.backend.device, args.peak_tflops)
@@ -170,7 +172,8 @@ class Trainer:
 
     def warn_if_untrained(self, terms: dict[str, LossTerm]) -> None:
         """A first cross-entropy near ln(vocabulary) is that of random weights."""
-        if "ce" not in terms or not terms["ce"].count or self.args.training.init_from_scratch:
+        known = rank() > 0 or self.args.training.init_from_scratch
+        if known or "ce" not in terms or not terms["ce"].count:
             return
         ce = terms["ce"].sum.item() / terms["ce"].count
         random_ce = math.log(self.model.config.llm.vocab_size)

@@ -65,10 +65,13 @@ class Bagel(nn.Module):
             self.connector = MLPConnector(config.vit.hidden_size, hidden, config.connector_act)
             self.vit_pos_embed = PositionEmbedding(config.vit_max_num_patch_per_side, hidden)
 
+    compute_dtype: torch.dtype | None = None
+    """Of the weights in a forward pass, where it is not that of the weights at rest (FSDP2)."""
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of weights and activations; inputs of another dtype are cast to it."""
-        return self.language_model.model.embed_tokens.weight.dtype
+        return self.compute_dtype or self.language_model.model.embed_tokens.weight.dtype
 
     @property
     def device(self) -> torch.device:
