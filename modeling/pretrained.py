@@ -62,6 +62,8 @@ EMA_HINT = (
 )
 LLM_FIELDS = ("qk_norm", "layer_module")
 """Ours in `llm_config.json`; released folders lack them."""
+MUST_AGREE = ("connector_act", "interpolate_pos")
+"""Settings that no tensor would betray."""
 SETTINGS = {*LLM_FIELDS, "tie_word_embeddings", "vit_patch_size"} | (
     {f.name for f in dataclasses.fields(BagelConfig)} - {"llm", "vit", "vae"}
 )
@@ -180,6 +182,12 @@ def read_config(
     vae = vae_config(folder, shapes)
     saved = read_json(folder / "bagel_config.json", SETTINGS)
     stated = {key: llm[key] for key in LLM_FIELDS if key in llm}
+    for key in MUST_AGREE:
+        if overrides and key in overrides and saved.get(key, overrides[key]) != overrides[key]:
+            raise CheckpointError(
+                f"{folder}/bagel_config.json: {key} is {saved[key]!r}, not {overrides[key]!r} "
+                f"[check --{key}]"
+            )
     settings = _inferred(shapes, vae) | stated | saved | dict(overrides or {})
     if absent := [key for key in LLM_FIELDS if key not in settings]:
         raise CheckpointError(

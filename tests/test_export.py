@@ -39,6 +39,11 @@ def test_a_checkpoint_of_a_run_is_exported_and_verified(checkpoint, mixture, tmp
     assert load_pretrained(out, "ema")[1].share == 1.0
 
 
+def test_an_export_never_writes_into_a_folder_that_holds_something(checkpoint):
+    with pytest.raises(CheckpointError, match="is not empty"):
+        export(checkpoint, checkpoint, "model", torch.bfloat16)
+
+
 def test_an_export_that_computes_something_else_is_found(checkpoint, tmp_path):
     export(checkpoint, tmp_path, "model", torch.float32)
     verify(tmp_path)

@@ -26,7 +26,10 @@ def add_adapters(model: nn.Module, args: ModelArguments) -> None:
         lora_dropout=args.lora_dropout,
         target_modules=rf"language_model\.model\.layers\..*\.({targets})(_moe_gen)?",
     )
-    inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
+    try:
+        inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise ValueError(f"lora_targets={args.lora_targets}: no such projection") from error
 
 
 def is_adapter(name: str) -> bool:

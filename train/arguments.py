@@ -413,6 +413,9 @@ def _yaml_layers(path: Path, above: tuple[Path, ...] = ()) -> list[dict[str, tup
     path = Path(os.path.normpath(path))
     if path in above:
         raise ValueError(f"{path}: extends itself through {', '.join(map(str, above))}")
+    if not path.is_file():
+        named = f"extends of {above[-1]}" if above else "--config"
+        raise ValueError(f"{named}: {path}: there is no such file")
     content = read_yaml(path) or {}
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a mapping of arguments is expected")
@@ -434,6 +437,7 @@ def _yaml_layers(path: Path, above: tuple[Path, ...] = ()) -> list[dict[str, tup
 
 def _convert(name: str, raw: Any, source: str) -> Any:
     if name not in TYPES:
+        name = str(name)  # YAML reads `on` as a truth value
         near = difflib.get_close_matches(name, TYPES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{source}: unknown argument {name!r}{hint}")

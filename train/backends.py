@@ -274,15 +274,15 @@ class DeepSpeedBackend(Backend):
             del model.vae
             object.__setattr__(model, "vae", vae)
         optimizer = self.adamw(self.weights)
+        config = deepspeed_config(self.args, self.device)
+        self.stage = config["zero_optimization"]["stage"]
         self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(self.args, self.device),
-            dist_init_required=False,
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
         self.zero = self.engine.optimizer
-        stage3 = self.args.zero_stage == 3
-        flat = "fp32_partitioned_groups_flat" if stage3 else "single_partition_of_fp32_groups"
+        flat = (
+            "single_partition_of_fp32_groups" if self.stage < 3 else "fp32_partitioned_groups_flat"
+        )
         self.masters = list(getattr(self.zero, flat))
         self.optimizer = optimizer
         self.load(exact)  # with bf16 the masters would start rounded
@@ -298,7 +298,7 @@ class DeepSpeedBackend(Backend):
 
     def clip(self, max_norm: float) -> Tensor:
         # The engine clips in its step, and marks a norm that is not finite as -1.
-        if self.args.zero_stage == 3:
+        if self.stage == 3:
             norm = torch.stack([n.square() for n in self.zero._get_norm_groups()]).sum().sqrt()
         else:
             norm = self.zero.scaled_global_norm()
@@ -310,12 +310,15 @@ class DeepSpeedBackend(Backend):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        if self.args.zero_stage < 3:
+        if self.stage < 3:
             self.zero.update_lp_params()
             return
+        self.zero._partition_all_parameters()
         for i, master in enumerate(self.masters):
             self.zero.fp16_partitioned_groups_flat[i].copy_(master)
             self.zero._unflatten_partitioned_parameters(i)
+        if small := self.zero.persistent_parameters:  # which the engine keeps gathered
+            small[0].all_gather(small)
 
     def load(self, tensors: Tensors) -> None:
         if not hasattr(self, "engine"):
@@ -343,7 +346,7 @@ class DeepSpeedBackend(Backend):
     def load_moments(self, tensors: Tensors, steps: float) -> None:
         for master in self.masters:
             self.optimizer.state[master] = _no_moments(master, steps)
-        if self.args.zero_stage < 3:
+        if self.stage < 3:
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
         for key, tensor in tensors.items():
@@ -371,12 +374,15 @@ def deepspeed_config(args: TrainingArguments, device: torch.device) -> dict[str,
     if args.ds_config_file is None:
         return ours | {"zero_optimization": zero | {"contiguous_gradients": True}}
     path = Path(args.ds_config_file)
+    if not path.exists():
+        raise ValueError(f"ds_config_file={path}: there is no such file")
     config = read_json(path)
-    stated = config.setdefault("zero_optimization", zero).setdefault("stage", args.zero_stage)
+    config["zero_optimization"] = zero | config.get("zero_optimization", {})
     differing = [k for k, v in ours.items() if k in config and config[k] not in (v, "auto")]
-    differing += ["zero_optimization.stage"] if stated != args.zero_stage else []
     if differing:
         raise ValueError(f"{path}: {', '.join(differing)} differ from the run's arguments")
+    if config["zero_optimization"]["stage"] not in (1, 2, 3):
+        raise ValueError(f"{path}: zero_optimization.stage must be 1, 2 or 3")
     return config | ours
 
 

@@ -5,6 +5,7 @@ It needs no GPU and no other process, reads no values of weights, and writes not
 
 import copy
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from modeling.batch import PackedBatch
 from modeling.pretrained import MANIFEST, LoadReport, read_json, verify_manifest
 
 from .arguments import RunArguments
-from .backends import backend_name, mesh_shape
+from .backends import backend_name, deepspeed_config, mesh_shape
 from .build import build_loader, configure, open_model, resume_folder, start
 from .checkpoint import changed_arguments, saved_moments, takes_optimizer
 from .distributed import launched_processes
@@ -92,6 +93,7 @@ def examine(args: RunArguments) -> Findings:
     # A run that is to continue may need no other weights.
     if not found.refused or args.model.model_path is not None:
         found.attempt(find_model, found)
+    found.attempt(find_other_files, found)
     if found.has("model"):
         found.attempt(find_packs, found)
     if not found.has("loader"):
@@ -133,6 +135,20 @@ def find_model(found: Findings) -> None:
     found.source, found.model = source, model
 
 
+def find_other_files(found: Findings) -> None:
+    """What the run needs beside weights and data: a folder to write to, and what arguments name."""
+    training = found.args.training
+    place = Path(training.checkpoint_dir).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        found.problems.append(f"checkpoint_dir={training.checkpoint_dir}: cannot write to {place}")
+    if training.enable_validation and training.val_dataset_config_file is not None:
+        found.attempt(load_mixture, training.val_dataset_config_file, found.args.data.data_root)
+    if training.backend == "deepspeed":
+        found.attempt(deepspeed_config, training, torch.device("cpu"))
+
+
 def find_packs(found: Findings) -> None:
     """The first packs of the run, from where it would resume."""
     found.loader = build_loader(found.args, found.model, found.source)
@@ -142,6 +158,10 @@ def find_packs(found: Findings) -> None:
         if takes_optimizer(found.folder, found.args.training):
             trained = [n for n, p in found.model.named_parameters() if p.requires_grad]
             found.attempt(saved_moments, found.folder, trained, True)
+    for dataset in found.loader.planner.datasets:
+        for record in dataset.records:
+            if record.output_image is None:
+                raise ValueError(f"{record.source}: restoration needs output_img")
     found.packs = [found.loader.next_batch() for _ in range(PACKS)]
 
 

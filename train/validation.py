@@ -24,7 +24,7 @@ from data.config import GroupConfig
 from data.images import read_image, to_uint8
 from data.packer import Segment, TextSegment
 from data.records import Record, read_records
-from data.scores import references, scores
+from data.scores import PSNR_OF_EQUAL_IMAGES, references, scores
 from data.tasks import RestorationTask, filled
 from data.tokenizer import Tokenizer
 from modeling.bagel.bagel import Bagel
@@ -140,7 +140,10 @@ class Validation:
         for task, results in {"mean": restored, **by_task}.items():
             for name in results[0].scores if results else ():
                 of_all = [result.scores[name] for result in results]
-                values[f"val/{name}/{task}"] = sum(of_all) / len(of_all)
+                # Equal images have no PSNR that a mean could take.
+                of_all = [score for score in of_all if score != PSNR_OF_EQUAL_IMAGES]
+                if of_all:
+                    values[f"val/{name}/{task}"] = sum(of_all) / len(of_all)
         if rank() == 0:
             self._write(step, values, by_task, sinks)
         return values

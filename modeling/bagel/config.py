@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from transformers import Qwen2Config, SiglipVisionConfig
+from transformers.activations import ACT2FN
 
 from ..autoencoder import AutoencoderConfig
 
@@ -35,6 +36,8 @@ class BagelConfig:
     def __post_init__(self) -> None:
         if self.layer_module not in LAYER_MODULES:
             raise ValueError(f"layer_module {self.layer_module!r} is none of {LAYER_MODULES}")
+        if self.connector_act not in ACT2FN:
+            raise ValueError(f"connector_act {self.connector_act!r} is no activation")
         if self.freeze_und and self.layer_module != "Qwen2MoTDecoderLayer":
             raise ValueError(
                 f"freeze_und needs layer_module Qwen2MoTDecoderLayer, not {self.layer_module}: "

@@ -65,6 +65,8 @@ def forward(model: Bagel) -> dict[str, Tensor]:
 
 
 def export(checkpoint: Path, out: Path, weights: Weights, dtype: torch.dtype) -> None:
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"{out} is not empty: an export goes into a folder of its own")
     model, report = load_pretrained(checkpoint, weights)
     print(report)
     state = {weights: model.state_dict()}

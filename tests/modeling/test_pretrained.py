@@ -200,6 +200,14 @@ def test_a_setting_that_does_not_fit_is_named(checkpoint, overrides, expected):
     assert expected in failure(checkpoint, overrides=overrides)
 
 
+def test_a_setting_that_no_tensor_betrays_has_to_agree(checkpoint):
+    for key, value in (("connector_act", "relu"), ("interpolate_pos", True)):
+        with pytest.raises(CheckpointError, match=rf"{key} is .*\[check --{key}\]"):
+            load_pretrained(checkpoint, "model", overrides={key: value})
+    with pytest.raises(ValueError, match="connector_act 'foo' is no activation"):
+        dataclasses.replace(tiny_config(), connector_act="foo")
+
+
 def test_another_model_size_is_named(folder):
     config = json.loads((folder / "llm_config.json").read_text())
     (folder / "llm_config.json").write_text(json.dumps(config | {"hidden_size": 48}))

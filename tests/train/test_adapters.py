@@ -79,5 +79,5 @@ STEPS = ("0000001", "0000003")
 
 def test_without_any_such_projection(checkpoint, mixture, tmp_path):
     args = run_arguments(checkpoint, mixture, tmp_path, lora_targets="query", **LORA)
-    with pytest.raises(ValueError, match="query"):
+    with pytest.raises(ValueError, match="lora_targets=query: no such projection"):
         build_trainer(args)

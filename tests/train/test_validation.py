@@ -247,11 +247,25 @@ def on_rank(rank: int, checkpoint: Path, tasks: Path, folder: Path) -> dict[str,
         metrics.add_totals({"tokens": 10 + rank, "model_flops": 5.0, f"samples/{rank}": 4})
         line = metrics.log(2)
     recorder = Recorder()
-    found = {
-        "line": line,
-        "values": validation_of(trainer, tasks).run(3, scaled(trainer), [recorder]),
-    }
-    return found | {"images": len(recorder.images)} | {"forwards": len(calls)}
+    values = validation_of(trainer, tasks).run(3, scaled(trainer), [recorder])
+    found = {"line": line, "values": values, "images": len(recorder.images), "calls": len(calls)}
+    (folder / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    for case, changes in SHARDED.items():
+        if "ds_config_file" in changes:
+            changes = changes | {"ds_config_file": folder / "ds.json"}
+        trainer = trainer_of(checkpoint, tasks, folder / case, **changes)
+        validation = validation_of(trainer, tasks, bf16=trainer.backend.autocasts)
+        found[case] = validation.run(3, scaled(trainer))
+    return found
+
+
+SHARDED: dict[str, dict[str, Any]] = {
+    "grad_op": {"sharding_strategy": "SHARD_GRAD_OP"},
+    "zero2": {"backend": "deepspeed"},
+    "zero3": {"backend": "deepspeed", "ds_config_file": "stage 3"},
+    "bf16": {"bf16": True},
+    "bf16_zero2": {"bf16": True, "backend": "deepspeed"},
+}
 
 
 def test_ranks_change_no_number(checkpoint, tasks, tmp_path):
@@ -263,7 +277,10 @@ def test_ranks_change_no_number(checkpoint, tasks, tmp_path):
     first, second = run_on_ranks(2, on_rank, tmp_path / "two", checkpoint, tasks, tmp_path / "two")
     for found in (first, second):
         assert found["values"] == pytest.approx(expected, rel=1e-5)
-        assert found["forwards"] == 2  # also on the rank that has one pack
+        assert found["calls"] == 2  # also on the rank that has one pack
+        for case in SHARDED:
+            tolerance = {"rel": 0.1, "abs": 0.05} if "bf16" in case else {"rel": 1e-4}
+            assert found[case] == pytest.approx(expected, **tolerance), case
     assert [first["images"], second["images"]] == [3, 0]
     (line,) = (tmp_path / "two" / "validation.jsonl").read_text().splitlines()
     assert json.loads(line) == {"step": 3} | first["values"]

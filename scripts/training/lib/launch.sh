@@ -37,7 +37,7 @@ if [[ ${DEVICE:-} != cpu && -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
   fi
 fi
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "NUM_GPUS or PROC_PER_NODE=$gpus is no number of processes"
-[[ $port =~ ^[1-9][0-9]*$ ]] || fail "MASTER_PORT=$port is no port"
+[[ $port =~ ^[1-9][0-9]{0,4}$ ]] && ((port < 65536)) || fail "MASTER_PORT=$port is no port"
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "NUM_NODES or NODE_COUNT=$nodes is no number of nodes"
 if ((nodes > 1)); then
   for variable in NODE_RANK MASTER_ADDR; do
@@ -46,7 +46,7 @@ if ((nodes > 1)); then
   done
 fi
 rank=${NODE_RANK:-0}
-[[ $rank =~ ^[0-9]+$ ]] && ((rank < nodes)) ||
+[[ $rank =~ ^(0|[1-9][0-9]*)$ ]] && ((rank < nodes)) ||
   fail "NODE_RANK=$rank is none of the nodes: NODE_COUNT=$nodes"
 
 run=${CHECKPOINT_DIR:-results/$name}
