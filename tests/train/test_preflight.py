@@ -1,5 +1,6 @@
 """Dry runs: a page whose numbers are counted here by hand, and all that is wrong in one go."""
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -151,6 +152,30 @@ def test_all_that_is_wrong_is_told_together(page, tmp_path, monkeypatch):
     assert code == 1 and "dataset_config_file=nowhere.yaml: there is no such file" in text
     monkeypatch.setenv("RANK", "1")
     assert page(tmp_path, **wrong) == (0, "")
+
+
+def test_what_a_run_needs_beside_weights_and_data_is_looked_for(page, tmp_path):
+    folder = tmp_path / "pairs"
+    path = write_pairs(folder, 12)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    del lines[11]["output_img"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "file").write_text("")
+    code, text = page(
+        tmp_path,
+        config="configs/tiny/demo.yaml",
+        dataset_config_file=write_mixture(tmp_path / "m.yaml", folder, image_transform_args=SIZES),
+        checkpoint_dir=tmp_path / "file" / "run",
+        val_every=5,
+        val_dataset_config_file="none.yaml",
+        backend="deepspeed",
+        ds_config_file="none.json",
+    )
+    told = text[text.index("WRONG") :]
+    assert code == 1 and f"cannot write to {tmp_path}/file" in told
+    assert "none.yaml: there is no such file" in told
+    assert "ds_config_file=none.json: there is no such file" in told
+    assert f"{path}:12: restoration needs output_img" in told
 
 
 def test_a_run_that_would_continue(page, checkpoint, mixture, tmp_path):
