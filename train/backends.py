@@ -284,7 +284,6 @@ class DeepSpeedBackend(Backend):
             "single_partition_of_fp32_groups" if self.stage < 3 else "fp32_partitioned_groups_flat"
         )
         self.masters = list(getattr(self.zero, flat))
-        self.optimizer = optimizer
         self.load(exact)  # with bf16 the masters would start rounded
         return optimizer
 

@@ -53,7 +53,9 @@ def build_trainer(args: RunArguments) -> Trainer:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     folder = resume_folder(training)
     source, weights = start(args, folder)
-    model, tensors, report = open_model(args, source, weights)
+    # A folder that is resumed has been checked, every file of it.
+    check = verify if source != folder else lambda *_: None
+    model, tensors, report = open_model(args, source, weights, check)
     if rank() == 0:
         print(report, flush=True)
     weights_of_terms = configure(model, args)
