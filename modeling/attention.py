@@ -38,6 +38,12 @@ def grouped_sdpa(
     """
     queries, q_heads, size = q_SHE.shape
     groups = q_heads // k_SHE.shape[1]
+    if mask is None and not causal:
+        # Queries of a group are rows of one product with their key head.
+        q = q_SHE.unflatten(1, (-1, groups)).transpose(0, 1).flatten(1, 2)
+        k, v = (x.transpose(0, 1) for x in (k_SHE, v_SHE))
+        out = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+        return out.unflatten(1, (queries, groups)).transpose(0, 1).reshape(queries, q_heads, size)
     # (Hk, groups, S, E): the key heads are the batch, so that expanding over groups is a view.
     q = q_SHE.unflatten(1, (-1, groups)).permute(1, 2, 0, 3)
     k, v = (x.permute(1, 0, 2)[:, None].expand(-1, groups, -1, -1) for x in (k_SHE, v_SHE))
