@@ -4,8 +4,6 @@ z_t = (1 - t) z0 + t e, with velocity v = e - z0 (Liu et al. 2022, Lipman et al.
 """
 
 import math
-from collections.abc import Callable
-from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -62,10 +60,3 @@ def euler_times(num_timesteps: int, shift: float) -> list[float]:
     if num_timesteps < 2:
         raise ValueError(f"num_timesteps={num_timesteps}: at least 2 are needed for one step")
     return shift_time(torch.linspace(1, 0, num_timesteps), shift).tolist()
-
-
-def euler(x: Tensor, velocity_at: Callable[[Tensor, float], Tensor], times: list[float]) -> Tensor:
-    """Integrates dx = v dt from times[0] to times[-1]."""
-    for t, t_next in pairwise(times):
-        x = x - velocity_at(x, t) * (t - t_next)
-    return x

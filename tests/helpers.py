@@ -17,6 +17,7 @@ from data.packer import Packer, PackerConfig, Sample, TextSegment, VaeSegment, V
 from modeling.autoencoder import AutoencoderConfig
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
+from modeling.bagel.context import Context, NextImages
 from modeling.batch import PackedBatch, SpecialTokens
 from modeling.flow import CONDITIONING, logit_from_time
 from modeling.pretrained import save_pretrained
@@ -207,3 +208,10 @@ def run_arguments(checkpoint: Path, mixture: Path, run: Path, **changes: Any) ->
         "log_every": 1,
     }
     return parse_arguments([f"--{name}={value}" for name, value in (values | changes).items()])
+
+
+@torch.no_grad()
+def next_velocity(context: Context, x: Tensor, t: float, ids: Tensor) -> Tensor:
+    """(L, D) velocity of the image x (L, D) at time t as the next segment of a context."""
+    latents = context.model.embed_latents(x, x.new_full((len(x),), t), ids)
+    return NextImages([context], [ids]).velocities(latents)[0]

@@ -28,7 +28,8 @@ from data.scores import PSNR_OF_EQUAL_IMAGES, references, scores
 from data.tasks import RestorationTask, filled
 from data.tokenizer import Tokenizer
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.generation import Context, SamplingConfig, generate_image
+from modeling.bagel.context import Context
+from modeling.bagel.generation import ImageJob, SamplingConfig, generate_images
 from modeling.batch import PackedBatch, SpecialTokens
 
 from .distributed import all_gather, rank, world_size
@@ -242,7 +243,8 @@ def _generate(
 ) -> Image.Image:
     context = filled(Context(model, special), segments)
     generator = torch.Generator().manual_seed(seed)
-    return Image.fromarray(to_uint8(generate_image(context, size, sampling, generator)))
+    (image,) = generate_images([ImageJob.of_size(context, size, sampling, generator)])
+    return Image.fromarray(to_uint8(image))
 
 
 def _error(image: Image.Image, truth: Image.Image) -> Image.Image:

@@ -1,26 +1,50 @@
-"""Cached decoding: contexts that grow segment by segment, text decoding, guided image sampling.
+"""Text and images from contexts: batched decoding and batched guided sampling.
 
-The decoder, the embeddings and the attention are those of training; only keys and values of the
-past come from a cache.
-
-Shape legend: n new tokens, L latent tokens, D numbers in a latent token, Hk key heads, E head size.
+A result depends on its own context, settings and random numbers, never on what it was batched with
+(but for the rounding of matrix products). Shape legend: L latent tokens, D numbers in one.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..attention import grouped_sdpa
-from ..batch import AttentionMode, SpecialTokens, VitImages
-from ..flow import euler, euler_times
-from ..geometry import patchify, position_ids, token_grid, unpatchify
+from ..flow import euler_times
+from ..geometry import token_grid, unpatchify
 from .bagel import Bagel
+from .context import Context as Context
+from .context import NextImages, NextTokens
 
 RENORM_EPS = 1e-8
+"""Of the norm that guided velocities are divided by."""
+ROOM = 256
+"""New tokens that a text gets room for when it starts; more room is made by doubling."""
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """How a text is decoded."""
+
+    max_new_tokens: int = 800
+    temperature: float = 0.0
+    """0 decodes greedily."""
+    top_p: float = 1.0
+    """Draws from the likeliest tokens whose probabilities reach this sum."""
+    stop_at_eos: bool = True
+    """False draws exactly `max_new_tokens` and appends nothing after them."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must not be negative")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be finite and not negative")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,160 +76,109 @@ class SamplingConfig:
             raise ValueError("cfg_text_scale and cfg_img_scale must be finite")
 
 
-class KVCache:
-    """Keys and values of all layers, preallocated; grows by doubling, never by a token."""
+@dataclass(frozen=True)
+class TextJob:
+    """A text to decode from bos; its context then holds bos, ids, eos as well."""
 
-    def __init__(self, model: Bagel, capacity: int = 512) -> None:
-        llm = model.config.llm
-        shape = (llm.num_hidden_layers, 2, capacity, llm.num_key_value_heads, model.config.head_dim)
-        self.store = torch.empty(shape, dtype=model.dtype, device=model.device)
-        self.length = 0
-
-    def reserve(self, new_tokens: int) -> None:
-        missing = self.length + new_tokens - self.store.shape[2]
-        if missing > 0:
-            more = max(missing, self.store.shape[2])
-            room = self.store.new_empty(*self.store.shape[:2], more, *self.store.shape[3:])
-            self.store = torch.cat([self.store, room], dim=2)
-
-    def attend(self, mode: AttentionMode, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of n new tokens to the past and to themselves, causally or both ways.
-
-        Their keys and values are written behind the past; `length` is not moved.
-        """
-        past, n = self.length, len(q)
-        keys, values = self.store[layer, :, : past + n]
-        keys[past:], values[past:] = k, v
-        mask, causal = None, mode == "causal" and n > 1
-        if causal and past > 0:
-            mask = torch.ones(n, past + n, dtype=torch.bool, device=q.device).tril(past)
-        return grouped_sdpa(q.to(values.dtype), keys, values, mask, causal and past == 0)
+    context: Context
+    config: TextConfig = field(default_factory=TextConfig)
+    generator: torch.Generator | None = None
+    """On the CPU; used where the temperature is above 0."""
 
 
-class Context:
-    """One sample's growing context: cached keys and values and the next rope position."""
+@dataclass
+class _Decoding:
+    """A text on its way: what is drawn, and which tokens have yet to be fed."""
 
-    def __init__(self, model: Bagel, tokens: SpecialTokens) -> None:
-        self.model, self.tokens = model, tokens
-        self.cache = KVCache(model)
-        self.position = 0
+    index: int
+    job: TextJob
+    pending: list[int]
+    ids: list[int] = field(default_factory=list)
+    drawing: bool = True
 
-    @torch.no_grad()
-    def _run(
-        self,
-        embeddings: Tensor,
-        positions: Tensor,
-        mode: AttentionMode,
-        gen: Tensor | None = None,
-        keep: bool = True,
-    ) -> Tensor:
-        """(n, d) hidden states of the next segment, which stays in the context if `keep`."""
-        self.cache.reserve(len(embeddings))
+    def take(self, next_id: int) -> None:
+        """What the model said after the last token that was fed."""
+        config, eos = self.job.config, self.job.context.tokens.eos
+        stops = config.stop_at_eos and next_id == eos
+        if not stops:
+            self.ids.append(next_id)
+        if stops or len(self.ids) == config.max_new_tokens:
+            self.drawing = False
+            end = [eos] if config.stop_at_eos else []
+            self.pending = end if stops else [next_id, *end] if end else []
+        else:
+            self.pending = [next_id]
 
-        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return self.cache.attend(mode, layer, q, k, v)
 
-        hidden = self.model.decode_tokens(
-            embeddings.to(self.model.dtype), positions, gen, attention
-        )
-        if keep:
-            self.cache.length += len(embeddings)
-            self.position = int(positions[-1]) + 1
-        return hidden
+@torch.no_grad()
+def generate_texts(
+    jobs: Iterable[TextJob], num_valid_ids: int, batch_size: int
+) -> Iterator[tuple[int, list[int]]]:
+    """(index of the job, ids without bos and eos), as they finish.
 
-    def _embed(self, *ids: int) -> Tensor:
-        return self.model.embed_text(torch.tensor(ids, device=self.model.device))
+    Up to `batch_size` texts are decoded together; when one finishes the next job takes its place,
+    and `jobs` is asked for one only then. Ids from `num_valid_ids` (the tokenizer's size) on lie in
+    the padded part of the vocabulary and cannot be drawn.
+    """
+    waiting = enumerate(jobs)
+    running: list[_Decoding] = []
+    slots: NextTokens | None = None
+    while True:
+        while len(running) < batch_size and (entry := next(waiting, None)):
+            index, job = entry
+            if job.config.max_new_tokens == 0:
+                if job.config.stop_at_eos:
+                    job.context.add_text([])
+                yield index, []
+                continue
+            slots = slots or NextTokens(job.context.model, batch_size)
+            slots.join(job.context, min(job.config.max_new_tokens, ROOM))
+            running.append(_Decoding(index, job, [job.context.tokens.bos]))
+        if slots is None or not running:
+            return
+        hidden = slots.step([text.pending.pop(0) for text in running])
+        drawing = [i for i, text in enumerate(running) if text.drawing]
+        logits = slots.model.language_model.lm_head(hidden[drawing]).float()[:, :num_valid_ids]
+        for i, next_id in zip(
+            drawing, _draw(logits, [running[i].job for i in drawing]), strict=True
+        ):
+            running[i].take(next_id)
+        for i in reversed(range(len(running))):
+            if not running[i].pending:
+                slots.leave(i)
+                text, running[i] = running[i], running[-1]
+                running.pop()
+                yield text.index, text.ids
 
-    def append_ids(self, ids: list[int]) -> Tensor:
-        """Adds bare token ids causally; (n, d) hidden states."""
-        positions = torch.arange(self.position, self.position + len(ids), device=self.model.device)
-        return self._run(self._embed(*ids), positions, "causal")
 
-    def add_text(self, ids: list[int]) -> None:
-        """Adds bos, ids, eos."""
-        self.append_ids([self.tokens.bos, *ids, self.tokens.eos])
+def _draw(logits: Tensor, jobs: list[TextJob]) -> list[int]:
+    """One id a row of (B, ids) logits."""
+    ids: list[int] = logits.argmax(1).tolist()
+    for row, job in enumerate(jobs):
+        config = job.config
+        if config.temperature > 0:
+            probabilities = (logits[row] / config.temperature).softmax(0).cpu()
+            if config.top_p < 1:
+                sorted_p, order = probabilities.sort(descending=True)
+                before = sorted_p.cumsum(0) - sorted_p
+                probabilities[order[before >= config.top_p]] = 0
+            ids[row] = int(torch.multinomial(probabilities, 1, generator=job.generator))
+    return ids
 
-    def _image(self, embeddings: Tensor, generated: bool, keep: bool = True) -> Tensor:
-        """Runs start, image tokens, end at one shared position, attending both ways."""
-        n, device = len(embeddings), self.model.device
-        start, end = self._embed(self.tokens.image_start), self._embed(self.tokens.image_end)
-        segment = torch.cat([start, embeddings.to(start.dtype), end])
-        gen = torch.arange(1, n + 1, device=device) if generated else None
-        positions = torch.full((n + 2,), self.position, device=device)
-        return self._run(segment, positions, "full", gen, keep)
 
-    @torch.no_grad()
-    def add_vit_image(self, image_pm1: Tensor) -> None:
-        """Adds an image (3, H, W) in [-1, 1] through the ViT; sides are multiples of its patch."""
-        config, device = self.model.config, self.model.device
-        h, w = token_grid(image_pm1.shape, config.vit_patch)
-        ids = position_ids(h, w, config.vit_max_num_patch_per_side, config.interpolate_pos)
-        vit = VitImages(
-            patches=patchify(image_pm1.to(device), config.vit_patch),
-            position_ids=ids.to(device),
-            indexes=torch.arange(h * w),
-            lens=(h * w,),
-        )
-        self._image(self.model.embed_vit(vit), generated=False)
-
-    @torch.no_grad()
-    def add_vae_image(self, image_pm1: Tensor) -> None:
-        """Adds an image (3, H, W) in [-1, 1] as clean latents (t = 0, posterior mean)."""
-        config = self.model.config
-        latent = self.model.encode_images([image_pm1.to(self.model.device)])[0]
-        z = patchify(latent, config.latent_patch_size)
-        ids = self.latent_position_ids(token_grid(image_pm1.shape, config.latent_stride))
-        self._image(self.model.embed_latents(z, z.new_zeros(len(z)), ids), generated=True)
-
-    def latent_position_ids(self, grid: tuple[int, int]) -> Tensor:
-        config = self.model.config
-        ids = position_ids(*grid, config.max_latent_size, config.interpolate_pos)
-        return ids.to(self.model.device)
-
-    @torch.no_grad()
-    def velocity(self, x_LD: Tensor, t: float, ids: Tensor) -> Tensor:
-        """(L, D) float32 velocity of the image x_t as the next segment; the cache stays."""
-        embeddings = self.model.embed_latents(x_LD, x_LD.new_full((len(x_LD),), t), ids)
-        hidden = self._image(embeddings, generated=True, keep=False)
-        return self.model.llm2vae(hidden[1:-1]).float()
-
-    @torch.no_grad()
-    def generate_text(
-        self,
-        max_new_tokens: int,
-        num_valid_ids: int,
-        temperature: float = 0.0,
-        generator: torch.Generator | None = None,
-        stop_at_eos: bool = True,
-    ) -> list[int]:
-        """Decodes from bos; ids without bos and eos. The context then holds bos, ids, eos.
-
-        Greedy at temperature 0, else sampled. Ids from `num_valid_ids` (the tokenizer's size) on
-        lie in the padded part of the vocabulary and cannot be drawn. Without `stop_at_eos` exactly
-        `max_new_tokens` ids are drawn and nothing is appended after them.
-        """
-        ids: list[int] = []
-        pending = [self.tokens.bos]
-        while len(ids) < max_new_tokens:
-            hidden = self.append_ids(pending)
-            logits = self.model.language_model.lm_head(hidden[-1]).float()[:num_valid_ids]
-            if temperature > 0:
-                probabilities = (logits / temperature).softmax(0)
-                next_id = int(torch.multinomial(probabilities.cpu(), 1, generator=generator))
-            else:
-                next_id = int(logits.argmax())
-            pending = [next_id]
-            if stop_at_eos and next_id == self.tokens.eos:
-                pending = []
-                break
-            ids.append(next_id)
-        if stop_at_eos:
-            self.append_ids([*pending, self.tokens.eos])
-        return ids
+def generate_text(
+    context: Context,
+    num_valid_ids: int,
+    config: TextConfig | None = None,
+    generator: torch.Generator | None = None,
+) -> list[int]:
+    """One text; see `generate_texts`."""
+    job = TextJob(context, config or TextConfig(), generator)
+    return next(generate_texts([job], num_valid_ids, 1))[1]
 
 
 def guided_velocity(
-    v: Tensor, v_text: Tensor, v_image: Tensor | None, config: SamplingConfig
+    v: Tensor, v_text: Tensor, v_image: Tensor | None = None, *, config: SamplingConfig
 ) -> Tensor:
     """Combines (L, D) velocities of the full context, without instruction and without images.
 
@@ -226,60 +199,107 @@ def guided_velocity(
     return guided if text_only else renorm(guided)
 
 
-@torch.no_grad()
-def sample_latents(
-    context: Context,
-    noise_LD: Tensor,
-    grid: tuple[int, int],
-    config: SamplingConfig,
-    without_text: Context | None = None,
-    without_images: Context | None = None,
-) -> Tensor:
-    """Latent tokens (L, D) float32 of one image, from noise by Euler steps with guidance.
+@dataclass(frozen=True)
+class ImageJob:
+    """An image to sample, from its noise, in the context that it follows."""
 
-    `without_text` is needed when cfg_text_scale > 1, `without_images` when also cfg_img_scale > 1.
+    context: Context
+    noise: Tensor
+    """(L, D)."""
+    grid: Grid
+    """Latent tokens (rows, columns); their product is L."""
+    config: SamplingConfig = field(default_factory=SamplingConfig)
+    without_text: Context | None = None
+    """Needed when cfg_text_scale > 1."""
+    without_images: Context | None = None
+    """Needed when cfg_img_scale > 1 too."""
+
+    def __post_init__(self) -> None:
+        if None in self.branches():
+            raise ValueError("guidance needs its own contexts, see cfg_text_scale, cfg_img_scale")
+
+    @classmethod
+    def of_size(
+        cls,
+        context: Context,
+        size: tuple[int, int],
+        config: SamplingConfig,
+        generator: torch.Generator,
+        *branches: Context,
+    ) -> "ImageJob":
+        """For an image of `size` (width, height), with noise from the CPU `generator`."""
+        model, (width, height) = context.model, size
+        grid = token_grid((height, width), model.config.latent_stride)
+        noise = torch.randn(prod(grid), model.config.patch_latent_dim, generator=generator)
+        return cls(context, noise.to(model.device), grid, config, *branches)
+
+    def branches(self) -> list[Context | None]:
+        """The contexts that guidance needs; None where one is missing."""
+        text_on = self.config.cfg_text_scale > 1
+        image_on = text_on and self.config.cfg_img_scale > 1
+        return [self.without_text] * text_on + [self.without_images] * image_on
+
+    def at(self, t: float) -> list[Context]:
+        """Contexts whose velocities count at time t: its own, and guidance's in its interval."""
+        low, high = self.config.cfg_interval
+        guidance = self.branches() if low < t <= high else []
+        return [self.context, *(branch for branch in guidance if branch is not None)]
+
+
+@torch.no_grad()
+def sample_latents(jobs: Sequence[ImageJob]) -> list[Tensor]:
+    """Latent tokens (L, D) float32 of every job's image, by Euler steps with guidance.
+
+    All contexts of a step, guidance's too, go through the model in one forward.
     """
-    text_on = config.cfg_text_scale > 1
-    image_on = text_on and config.cfg_img_scale > 1
-    wanted = [without_text] * text_on + [without_images] * image_on
-    branches = [branch for branch in wanted if branch is not None]
-    if len(branches) < len(wanted):
-        raise ValueError("guidance needs its own contexts, see cfg_text_scale and cfg_img_scale")
-    ids = context.latent_position_ids(grid)
-    low, high = config.cfg_interval
+    x = [job.noise.float() for job in jobs]
+    times = [euler_times(job.config.num_timesteps, job.config.timestep_shift) for job in jobs]
+    ids = [job.context.latent_position_ids(job.grid) for job in jobs]
+    forwards: dict[tuple[tuple[int, int], ...], NextImages] = {}
+    for step in range(max((len(t) - 1 for t in times), default=0)):
+        active = [i for i, t in enumerate(times) if step < len(t) - 1]
+        contexts = {i: jobs[i].at(times[i][step]) for i in active}
+        key = tuple((i, len(contexts[i])) for i in active)
+        if key not in forwards:  # in the first step, and where guidance sets in or a job ends
+            forwards[key] = NextImages(*_flat((c, ids[i]) for i in active for c in contexts[i]))
+        now = [(x[i], ids[i], times[i][step]) for i in active]
+        embedded = _embedded(jobs[0].context.model, now)
+        latents = [z for i, z in zip(active, embedded, strict=True) for _ in contexts[i]]
+        velocities = iter(forwards[key].velocities(torch.cat(latents)))
+        for i in active:
+            v, *guidance = (next(velocities) for _ in contexts[i])
+            if guidance:
+                v = guided_velocity(v, guidance[0], *guidance[1:], config=jobs[i].config)
+            x[i] = x[i] - v * (times[i][step] - times[i][step + 1])
+    return x
 
-    def velocity_at(x: Tensor, t: float) -> Tensor:
-        v = context.velocity(x, t, ids)
-        if not text_on or not low < t <= high:
-            return v
-        v_text, *v_image = (branch.velocity(x, t, ids) for branch in branches)
-        return guided_velocity(v, v_text, v_image[0] if v_image else None, config)
 
-    times = euler_times(config.num_timesteps, config.timestep_shift)
-    return euler(noise_LD.float(), velocity_at, times)
+def _flat(pairs: Iterable[tuple[Context, Tensor]]) -> tuple[list[Context], list[Tensor]]:
+    contexts, ids = zip(*pairs, strict=True)
+    return list(contexts), list(ids)
+
+
+def _embedded(model: Bagel, images: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, ...]:
+    """(L, d) inputs of each image's (L, D) tokens, their position ids and its time."""
+    x, ids, times = zip(*images, strict=True)
+    lens = [len(tokens) for tokens in x]
+    t = torch.tensor(times).repeat_interleave(torch.tensor(lens)).to(model.device)
+    return model.embed_latents(torch.cat(x), t, torch.cat(ids)).split(lens)
 
 
 @torch.no_grad()
-def decode_image(model: Bagel, tokens_LD: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Image (3, H, W) float32, nominally in [-1, 1], unclamped, of latent tokens."""
-    latent = unpatchify(tokens_LD, *grid, model.config.latent_patch_size)
-    return model.vae.decode(latent[None])[0]
+def decode_images(model: Bagel, latents: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
+    """Images (3, H, W) float32, nominally in [-1, 1], unclamped, of (L, D) latent tokens.
 
-
-@torch.no_grad()
-def generate_image(
-    context: Context,
-    size: tuple[int, int],
-    config: SamplingConfig,
-    generator: torch.Generator,
-    *branches: Context,
-) -> Tensor:
-    """Image (3, height, width) float32, nominally in [-1, 1], of `size` (width, height).
-
-    Noise is drawn from the CPU `generator`; `branches` are guidance contexts of `sample_latents`.
+    Each is decoded alone at its own size: the decoder's norms would see padding.
     """
-    model, (width, height) = context.model, size
-    grid = token_grid((height, width), model.config.latent_stride)
-    noise = torch.randn(prod(grid), model.config.patch_latent_dim, generator=generator)
-    tokens = sample_latents(context, noise.to(model.device), grid, config, *branches)
-    return decode_image(model, tokens, grid)
+    size = model.config.latent_patch_size
+    unpatched = [unpatchify(z, *grid, size) for z, grid in zip(latents, grids, strict=True)]
+    return [model.vae.decode(z[None])[0] for z in unpatched]
+
+
+def generate_images(jobs: Sequence[ImageJob]) -> list[Tensor]:
+    """Images (3, H, W) float32, nominally in [-1, 1], unclamped, sampled together."""
+    if not jobs:
+        return []
+    return decode_images(jobs[0].context.model, sample_latents(jobs), [job.grid for job in jobs])

@@ -22,7 +22,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.packer import Packer, PackerConfig, Sample, Segment, TextSegment, VaeSegment, VitSegment  # noqa: E402
 from modeling.bagel.bagel import Bagel, FlowInputs  # noqa: E402
-from modeling.bagel.generation import Context, SamplingConfig, decode_image, sample_latents  # noqa: E402
+from modeling.bagel.context import Context  # noqa: E402
+from modeling.bagel.generation import (  # noqa: E402
+    ImageJob,
+    SamplingConfig,
+    TextConfig,
+    decode_images,
+    generate_text,
+    sample_latents,
+)
 from modeling.bagel.losses import CrossEntropy  # noqa: E402
 from modeling.batch import PackedBatch, SpecialTokens  # noqa: E402
 from modeling.geometry import patchify, token_grid  # noqa: E402
@@ -234,9 +242,8 @@ def check_inference(compare: Comparison, model: Bagel, folder: Path) -> None:
         return new
 
     expected_ids = record["understanding_greedy_ids"].tolist()
-    ids = context("vit", "prompt").generate_text(
-        len(expected_ids) - 1, model.config.llm.vocab_size, stop_at_eos=False
-    )
+    fixed = TextConfig(max_new_tokens=len(expected_ids) - 1, stop_at_eos=False)
+    ids = generate_text(context("vit", "prompt"), model.config.llm.vocab_size, fixed)
     compare.equal("greedy ids", [tokens.bos, *ids], expected_ids)
 
     grid = token_grid(args["image_shape"], model.config.latent_stride)
@@ -250,12 +257,23 @@ def check_inference(compare: Comparison, model: Bagel, folder: Path) -> None:
     for name in sorted(record):
         if name.startswith("latent_") and name.removeprefix("latent_") not in args["cases"]:
             print(f"skipped {name}: no such case in inference_args.json")
-    for case, settings in args["cases"].items():
-        config = SamplingConfig(**(common | settings))
-        found = sample_latents(contexts[0], record["init_noise"], grid, config, *contexts[1:])
-        compare.close(f"latent {case}", found, record[f"latent_{case}"])
+    jobs = {
+        case: ImageJob(
+            contexts[0],
+            record["init_noise"],
+            grid,
+            SamplingConfig(**(common | settings)),
+            *contexts[1:],
+        )
+        for case, settings in args["cases"].items()
+    }
+    together = sample_latents(list(jobs.values()))
+    for (case, job), batched in zip(jobs.items(), together, strict=True):
+        (alone,) = sample_latents([job])
+        compare.close(f"latent {case}", alone, record[f"latent_{case}"])
+        compare.close(f"latent {case}, all cases in one batch", batched, record[f"latent_{case}"])
         if case == "nocfg":
-            image = decode_image(model, found, grid)
+            (image,) = decode_images(model, [alone], [grid])
             compare.close("image nocfg", image[None], record["image_nocfg"])
 
 

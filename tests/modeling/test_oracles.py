@@ -11,13 +11,15 @@ from transformers import Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 from data.packer import Sample, TextSegment, VaeSegment, VitSegment
 from modeling.attention import PackedAttention, grouped_sdpa, packed_attention, split_mask
 from modeling.bagel.bagel import FlowInputs
-from modeling.bagel.generation import Context
+from modeling.bagel.context import Context
+from modeling.bagel.generation import TextConfig, generate_text
 from modeling.flow import interpolate
 from modeling.geometry import patchify, position_ids, token_grid
 from tests.helpers import (
     TOKENS,
     VIT,
     image_pm1,
+    next_velocity,
     pack,
     restoration,
     tiny_config,
@@ -190,7 +192,7 @@ def test_cached_equals_uncached(llm, changes):
     z_t = interpolate(z0[-24:], noise[-24:], torch.tensor(t))
     ids = context.latent_position_ids(grid)
     for _ in range(2):  # the cache stays as it is
-        torch.testing.assert_close(context.velocity(z_t, t, ids), out.velocity_pred, **CLOSE)
+        torch.testing.assert_close(next_velocity(context, z_t, t, ids), out.velocity_pred, **CLOSE)
     assert context.cache.length == batch.num_tokens - end
     assert context.position == batch.position_ids[-1].item()
 
@@ -212,8 +214,9 @@ def test_a_context_needs_no_grad_mode_and_keeps_no_graph():
     context.add_vae_image(image_pm1(16, 16, 1))
     context.add_vit_image(image_pm1(28, 28, 1))
     context.add_text([1, 2])
-    assert len(context.generate_text(3, 60, stop_at_eos=False)) == 3
-    v = context.velocity(torch.randn(16, 16), 0.5, context.latent_position_ids((4, 4)))
+    fixed = TextConfig(max_new_tokens=3, stop_at_eos=False)
+    assert len(generate_text(context, 60, fixed)) == 3
+    v = next_velocity(context, torch.randn(16, 16), 0.5, context.latent_position_ids((4, 4)))
     assert not v.requires_grad and not context.cache.store.requires_grad
 
 

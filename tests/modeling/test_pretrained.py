@@ -15,7 +15,8 @@ from torch import Tensor
 
 from modeling import pretrained
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.generation import Context
+from modeling.bagel.context import Context
+from modeling.bagel.generation import TextConfig, generate_text
 from modeling.pretrained import (
     CheckpointError,
     load_architecture,
@@ -24,7 +25,16 @@ from modeling.pretrained import (
     save_pretrained,
     verify_manifest,
 )
-from tests.helpers import LLM, TOKENS, image_pm1, pack, restoration, tiny_config, tiny_model
+from tests.helpers import (
+    LLM,
+    TOKENS,
+    image_pm1,
+    next_velocity,
+    pack,
+    restoration,
+    tiny_config,
+    tiny_model,
+)
 
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
 EMBED = "language_model.model.embed_tokens.weight"
@@ -378,6 +388,10 @@ def test_unknown_keys_of_the_autoencoder_are_named(folder):
         read_config(folder, {})
 
 
+def fixed(n: int, temperature: float) -> TextConfig:
+    return TextConfig(max_new_tokens=n, temperature=temperature, stop_at_eos=False)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_padded_vocabulary_is_never_sampled(temperature):
@@ -388,10 +402,10 @@ def test_padded_vocabulary_is_never_sampled(temperature):
     context = Context(model, TOKENS)
     context.add_text([1, 2])
     generator = torch.Generator().manual_seed(0)
-    ids = context.generate_text(20, 40, temperature, generator, stop_at_eos=False)
+    ids = generate_text(context, 40, fixed(20, temperature), generator)
     assert len(ids) == 20 and max(ids) < 40
     context = Context(model, TOKENS)
-    unlimited = context.generate_text(3, 64, temperature, generator, stop_at_eos=False)
+    unlimited = generate_text(context, 64, fixed(3, temperature), generator)
     assert min(unlimited) >= 40
 
 
@@ -404,7 +418,9 @@ def test_generated_text_leaves_bos_ids_eos_in_the_context():
         if forced is not None:
             boost = torch.nn.functional.one_hot(torch.tensor(forced), 64) * 1e4
             handle = head.register_forward_hook(lambda m, i, logits, b=boost: logits + b)
-        ids = context.generate_text(limit, 60 if forced is None else 64)  # 61 is eos
+        ids = generate_text(
+            context, 60 if forced is None else 64, TextConfig(max_new_tokens=limit)
+        )  # 61 is eos
         if forced is not None:
             handle.remove()
         assert len(ids) == (limit if forced is None else 0)
@@ -428,9 +444,9 @@ def answers(model: Bagel, dtype: torch.dtype) -> dict[str, Tensor]:
     context.add_text([5, 6])
     x = torch.randn(24, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     ids = context.latent_position_ids((4, 6))
-    found["cached velocity"] = context.velocity(x, 0.5, ids)
+    found["cached velocity"] = next_velocity(context, x, 0.5, ids)
     found["logits"] = model.language_model.lm_head(context.append_ids([7]))
-    text = context.generate_text(3, 60)
+    text = generate_text(context, 60, TextConfig(max_new_tokens=3))
     assert len(text) <= 3 and all(0 <= i < 60 for i in text)
     return found
 

@@ -20,7 +20,8 @@ from data.config import load_mixture
 from data.images import to_uint8
 from data.tokenizer import Tokenizer
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.generation import Context, SamplingConfig, decode_image, sample_latents
+from modeling.bagel.context import Context
+from modeling.bagel.generation import ImageJob, SamplingConfig, decode_images, sample_latents
 from tests.helpers import run_arguments, write_mixture, write_pairs
 from tests.ranks import run_on_ranks
 from train.backends import MOMENTS
@@ -142,8 +143,8 @@ def restored_by_hand(model: Bagel, task: Any, degraded: Image.Image, record: Any
     width, height = task.vae_rule.size(*degraded.size)
     grid = height // 4, width // 4
     noise = torch.randn(grid[0] * grid[1], 16, generator=torch.Generator().manual_seed(SEED))
-    tokens = sample_latents(context, noise, grid, SamplingConfig(num_timesteps=TIMES))
-    return to_uint8(decode_image(model, tokens, grid))
+    job = ImageJob(context, noise, grid, SamplingConfig(num_timesteps=TIMES))
+    return to_uint8(decode_images(model, sample_latents([job]), [grid])[0])
 
 
 @pytest.mark.parametrize("bf16", [False, True])
