@@ -16,9 +16,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inference_pipeline.metrics import PROTOCOL  # noqa: E402
-from inference_pipeline.restorer import Restorer, TextConfig  # noqa: E402
+from inference_pipeline.restorer import Restorer  # noqa: E402
 from inference_pipeline.runner import KINDS, RunConfig, run  # noqa: E402
-from modeling.bagel.generation import SamplingConfig  # noqa: E402
+from modeling.bagel.generation import SamplingConfig, TextConfig  # noqa: E402
 
 Config = TypeVar("Config", SamplingConfig, RunConfig)
 

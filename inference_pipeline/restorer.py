@@ -1,4 +1,4 @@
-"""Checkpoint folder -> assess(image), restore(image): the Python API of inference.
+"""Checkpoint folder -> assess, restore, edit, answer: the Python API of inference.
 
 restorer = Restorer.load("configs/tiny/checkpoint")
 result = restorer.restore(Image.open("scan.png"), "Remove the noise.")
@@ -6,10 +6,10 @@ result.image.save("restored.png"); print(result.assessment)
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from PIL import Image
@@ -17,19 +17,38 @@ from torch import Tensor
 
 from data.config import RULES
 from data.images import to_uint8
-from data.packer import Segment, TextSegment
-from data.tasks import RestorationTask, filled
+from data.packer import Segment, TextSegment, VitSegment
+from data.tasks import RestorationTask, Size, filled
 from data.tokenizer import Tokenizer
 from data.transforms import ResizeRule
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.generation import Context, SamplingConfig, generate_image
+from modeling.bagel.context import Context
+from modeling.bagel.generation import (
+    ImageJob,
+    SamplingConfig,
+    TextConfig,
+    TextJob,
+    generate_images,
+    generate_texts,
+)
 from modeling.pretrained import PREPROCESSOR_FILE, LoadReport, Weights, load_pretrained
+
+from .devices import spread
 
 DEFAULT_RULES = {
     "image_transform_args": {"image_stride": 16, "max_image_size": 2048, "min_image_size": 128},
     "vit_image_transform_args": {"image_stride": 14, "max_image_size": 518, "min_image_size": 224},
 }
 """Resize rules of the users' batch script, for folders that do not say theirs."""
+THINK = (
+    "Before you answer, reason about what is asked and what the image shows, step by step, "
+    "between <think> and </think>. Then give the result."
+)
+"""System prompt of think mode."""
+PromptStyle = Literal["trained", "origin"]
+"""`trained`: the assessment follows the prompt as a text of its own, as in training. `origin`: it
+comes from the ViT's view alone and is joined to the instruction, as the users' script did."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,57 +59,70 @@ class Restoration:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextConfig:
-    max_new_tokens: int = 800
-    temperature: float = 0.0
-    """0 decodes greedily."""
+class Request:
+    """What the model is to read, and what it is to write or draw then."""
+
+    prompt: list[Segment]
+    text: TextConfig | None = None
+    """None decodes no text."""
+    sampling: SamplingConfig | None = None
+    """None samples no image."""
+    size: Size = (0, 0)
+    """(width, height) of the image."""
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class Reply:
+    text: str
+    image: Image.Image | None
+
+
+@dataclass
+class _Open:
+    """A request whose text is being decoded or whose image waits to be sampled."""
+
+    request: Request
+    context: Context
+    without_instruction: Context | None
+    generator: torch.Generator
+    ids: list[int]
 
 
 @dataclass(frozen=True)
 class Restorer:
-    """A loaded model with the tokenizer and the resize rules that it was trained with."""
+    """A loaded model with the tokenizer and the resize rules that it was trained with.
+
+    Every result is a function of its own input, settings and seed; what else is computed in the
+    same batch changes nothing but the rounding of matrix products.
+    """
 
     model: Bagel
     task: RestorationTask
     report: LoadReport
 
     @classmethod
-    def load(cls, folder: str | Path, weights: Weights = "ema", **options: Any) -> "Restorer":
+    def load(
+        cls,
+        folder: str | Path,
+        weights: Weights = "ema",
+        max_memory: dict[int | str, str] | None = None,
+        **options: Any,
+    ) -> "Restorer":
         """A checkpoint folder, loaded strictly; `options` (device, dtype) as of `load_pretrained`.
 
-        Raises CheckpointError when the folder does not fit.
+        `max_memory` ({0: "40GiB", 1: "40GiB", "cpu": "100GiB"}) spreads a model that does not fit
+        one device, see `devices.spread`. Raises CheckpointError when the folder does not fit.
         """
         model, report = load_pretrained(folder, weights, **options)
         path = Path(folder) / PREPROCESSOR_FILE
         rules = json.loads(path.read_text()) if path.exists() else DEFAULT_RULES
         task = RestorationTask(Tokenizer(folder), *(ResizeRule(**rules[name]) for name in RULES))
         task.require_strides(model.config.latent_stride, model.config.vit_patch)
-        return cls(model.eval(), task, report)
+        return cls(spread(model.eval(), max_memory) if max_memory else model.eval(), task, report)
 
-    def _context(self, segments: Iterable[Segment]) -> Context:
-        return filled(Context(self.model, self.task.tokenizer.special), segments)
+    # What is asked.
 
-    def _assess(
-        self, image: Image.Image, instruction: str, text: TextConfig, generator: torch.Generator
-    ) -> tuple[list[Segment], Context, list[int]]:
-        """The prompt, the context of prompt and assessment, and the assessment's ids."""
-        if not instruction.strip():
-            raise ValueError("the instruction is empty")
-        prompt = self.task.context(image, instruction)
-        context, num_ids = self._context(prompt), self.task.tokenizer.size
-        ids = context.generate_text(text.max_new_tokens, num_ids, text.temperature, generator)
-        return prompt, context, ids
-
-    @torch.inference_mode()
-    def assess(
-        self, image: Image.Image, instruction: str, text: TextConfig | None = None, seed: int = 42
-    ) -> str:
-        """What is wrong with an image, in the words of the training data."""
-        generator = torch.Generator().manual_seed(seed)
-        _, _, ids = self._assess(image, instruction, text or TextConfig(), generator)
-        return self.task.tokenizer.decode(ids)
-
-    @torch.inference_mode()
     def restore(
         self,
         image: Image.Image,
@@ -101,21 +133,99 @@ class Restorer:
     ) -> Restoration:
         """Assesses an image, then restores it with the assessment in context, as trained.
 
-        Image and text are functions of the input and `seed` alone. Raises ValueError for an empty
-        instruction.
+        Raises ValueError for an empty instruction.
         """
+        return _only(self.restorations([(image, instruction)], sampling, text, seed))
+
+    def restorations(
+        self,
+        pairs: Iterable[tuple[Image.Image, str]],
+        sampling: SamplingConfig | None = None,
+        text: TextConfig | None = None,
+        seed: int = 42,
+        batch_size: int = 1,
+        prompt_style: PromptStyle = "trained",
+    ) -> Iterator[tuple[int, Restoration]]:
+        """(index, result) of images with their instructions, as they finish."""
         sampling, text = sampling or SamplingConfig(), text or TextConfig()
-        generator = torch.Generator().manual_seed(seed)
-        prompt, context, assessment = self._assess(image, instruction, text, generator)
-        branches = []
-        if sampling.cfg_text_scale > 1:
-            branches.append(self._context(s for s in prompt if not isinstance(s, TextSegment)))
-            if sampling.cfg_img_scale > 1:
-                texts = [s for s in prompt if isinstance(s, TextSegment)]
-                branches.append(self._context([*texts, TextSegment(ids=assessment)]))
-        size = self.task.vae_rule.size(*image.size)
-        pixels = to_uint8(generate_image(context, size, sampling, generator, *branches))
-        return Restoration(Image.fromarray(pixels), self.task.tokenizer.decode(assessment))
+        kept = list(pairs)
+
+        def request(image: Image.Image, instruction: str, text: TextConfig | None) -> Request:
+            size = self.task.vae_rule.size(*image.size)
+            prompt = self.task.context(image, _stated(instruction))
+            return Request(prompt=prompt, text=text, sampling=sampling, size=size, seed=seed)
+
+        if prompt_style == "trained":
+            requests = (request(image, instruction, text) for image, instruction in kept)
+            for i, reply in self.generate(requests, batch_size):
+                yield i, Restoration(_drawn(reply), reply.text)
+            return
+        questions = (([image], words) for image, words in kept)
+        assessed = dict(self.answers(questions, text, seed, batch_size))
+        joined = (f"{words}\n\n{assessed[i]}".rstrip() for i, (_, words) in enumerate(kept))
+        requests = (request(kept[i][0], words, None) for i, words in enumerate(joined))
+        for i, reply in self.generate(requests, batch_size):
+            yield i, Restoration(_drawn(reply), assessed[i])
+
+    def assess(
+        self, image: Image.Image, instruction: str, text: TextConfig | None = None, seed: int = 42
+    ) -> str:
+        """What is wrong with an image, in the words of the training data."""
+        prompt = self.task.context(image, _stated(instruction))
+        request = Request(prompt=prompt, text=text or TextConfig(), seed=seed)
+        return _only(self.generate([request])).text
+
+    def edit(
+        self,
+        image: Image.Image,
+        instruction: str,
+        sampling: SamplingConfig | None = None,
+        seed: int = 42,
+        think: TextConfig | None = None,
+    ) -> Restoration:
+        """The image changed as told, without assessment; with `think` after reasoning in text."""
+        prompt = self.task.context(image, _stated(instruction))
+        if think:
+            prompt = [self._text(THINK), *prompt]
+        request = Request(
+            prompt=prompt,
+            text=think,
+            sampling=sampling or SamplingConfig(),
+            size=self.task.vae_rule.size(*image.size),
+            seed=seed,
+        )
+        reply = _only(self.generate([request]))
+        return Restoration(_drawn(reply), reply.text)
+
+    def answer(
+        self,
+        images: Sequence[Image.Image],
+        question: str,
+        text: TextConfig | None = None,
+        seed: int = 42,
+        think: bool = False,
+    ) -> str:
+        """A text about any number of images, which the ViT alone reads."""
+        return _only(self.answers([(images, question)], text, seed, think=think))
+
+    def answers(
+        self,
+        questions: Iterable[tuple[Sequence[Image.Image], str]],
+        text: TextConfig | None = None,
+        seed: int = 42,
+        batch_size: int = 1,
+        think: bool = False,
+    ) -> Iterator[tuple[int, str]]:
+        """(index, text) as they finish; a finished one makes room for the next at once."""
+
+        def request(images: Sequence[Image.Image], question: str) -> Request:
+            prompt: list[Segment] = [self._text(THINK)] if think else []
+            prompt += [VitSegment(image_pm1=self.task.vit_rule(image)) for image in images]
+            prompt.append(self._text(_stated(question)))
+            return Request(prompt=prompt, text=text or TextConfig(), seed=seed)
+
+        for i, reply in self.generate((request(*q) for q in questions), batch_size):
+            yield i, reply.text
 
     @torch.inference_mode()
     def autoencode(self, image: Image.Image) -> Image.Image:
@@ -123,3 +233,85 @@ class Restorer:
         image_pm1: Tensor = self.task.vae_rule(image).to(self.model.device)
         latent = self.model.encode_images([image_pm1])[0]
         return Image.fromarray(to_uint8(self.model.vae.decode(latent[None])[0]))
+
+    # How it is computed.
+
+    @torch.inference_mode()
+    def generate(
+        self, requests: Iterable[Request], batch_size: int = 1
+    ) -> Iterator[tuple[int, Reply]]:
+        """(index, reply) of any mixture of requests, as they finish.
+
+        Up to `batch_size` texts are decoded and as many images sampled at a time.
+        """
+        opened: dict[int, _Open] = {}
+        ready: dict[int, _Open] = {}
+
+        def jobs() -> Iterator[TextJob]:
+            for i, request in enumerate(requests):
+                opened[i] = entry = self._open(request)
+                config = request.text or TextConfig(max_new_tokens=0, stop_at_eos=False)
+                yield TextJob(entry.context, config, entry.generator)
+
+        for i, ids in generate_texts(jobs(), self.task.tokenizer.size, batch_size):
+            entry = opened.pop(i)
+            entry.ids = ids
+            if entry.request.sampling is None:
+                yield i, self._reply(entry)
+                continue
+            ready[i] = entry
+            if len(ready) == batch_size:
+                yield from self._sampled(ready)
+                ready = {}
+        yield from self._sampled(ready)
+
+    def _open(self, request: Request) -> _Open:
+        """The context of a prompt; what guidance shares with it is computed once."""
+        *before, last = request.prompt
+        context = filled(self._context(), before)
+        guided = request.sampling is not None and request.sampling.cfg_text_scale > 1
+        without_instruction = context.fork() if guided else None
+        generator = torch.Generator().manual_seed(request.seed)
+        return _Open(request, filled(context, [last]), without_instruction, generator, [])
+
+    def _context(self) -> Context:
+        return Context(self.model, self.task.tokenizer.special)
+
+    def _text(self, words: str) -> TextSegment:
+        return TextSegment(ids=self.task.tokenizer.encode(words))
+
+    def _sampled(self, entries: dict[int, _Open]) -> Iterator[tuple[int, Reply]]:
+        images = generate_images([self._image_job(entry) for entry in entries.values()])
+        for (i, entry), image in zip(entries.items(), images, strict=True):
+            yield i, self._reply(entry, Image.fromarray(to_uint8(image)))
+
+    def _image_job(self, entry: _Open) -> ImageJob:
+        request, sampling = entry.request, entry.request.sampling or SamplingConfig()
+        branches = [entry.without_instruction] if entry.without_instruction else []
+        if branches and sampling.cfg_img_scale > 1:
+            texts: list[Segment] = [s for s in request.prompt if isinstance(s, TextSegment)]
+            if request.text:
+                texts.append(TextSegment(ids=entry.ids))
+            branches.append(filled(self._context(), texts))
+        generator = entry.generator
+        return ImageJob.of_size(entry.context, request.size, sampling, generator, *branches)
+
+    def _reply(self, entry: _Open, image: Image.Image | None = None) -> Reply:
+        return Reply(self.task.tokenizer.decode(entry.ids), image)
+
+
+def _stated(instruction: str) -> str:
+    if not instruction.strip():
+        raise ValueError("the instruction is empty")
+    return instruction
+
+
+def _drawn(reply: Reply) -> Image.Image:
+    if reply.image is None:
+        raise ValueError("this reply holds no image")
+    return reply.image
+
+
+def _only(results: Iterable[tuple[int, T]]) -> T:
+    ((_, result),) = results
+    return result

@@ -22,11 +22,11 @@ from rich.progress import track
 from data.images import read_image
 from data.records import Record, RecordError, parse_record
 from data.scores import references
-from modeling.bagel.generation import SamplingConfig
+from modeling.bagel.generation import SamplingConfig, TextConfig
 from modeling.pretrained import MANIFEST
 
 from .metrics import PROTOCOL, scores
-from .restorer import Restorer, TextConfig
+from .restorer import Restorer
 
 KINDS = ("", "_input", "_bicubic", "_ceiling")
 """Suffixes of psnr and ssim: the restoration, and what it is held against."""

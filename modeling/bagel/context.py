@@ -51,8 +51,9 @@ class KVCache:
         keys[past:], values[past:] = k, v
         mask, causal = None, mode == "causal" and n > 1
         if causal and past > 0:
-            mask = torch.ones(n, past + n, dtype=torch.bool, device=q.device).tril(past)
-        return grouped_sdpa(q.to(values.dtype), keys, values, mask, causal and past == 0)
+            mask = torch.ones(n, past + n, dtype=torch.bool, device=keys.device).tril(past)
+        out = grouped_sdpa(q.to(values), keys, values, mask, causal and past == 0)
+        return out.to(q.device)
 
 
 class Context:
@@ -241,11 +242,11 @@ class NextTokens:
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.store[layer]
-            keys[slots, :, lengths], values[slots, :, lengths] = k.to(keys.dtype), v.to(keys.dtype)
+            keys[slots, :, lengths], values[slots, :, lengths] = k.to(keys), v.to(keys)
             # The queries of a key head are the rows of one product with its keys.
-            grouped = q.unflatten(1, (keys.shape[1], -1)).to(keys.dtype)
+            grouped = q.unflatten(1, (keys.shape[1], -1)).to(keys)
             past = keys[:count, :, :longest], values[:count, :, :longest]
             out = F.scaled_dot_product_attention(grouped, *past, attn_mask=mask)
-            return out.flatten(1, 2)
+            return out.flatten(1, 2).to(q.device)
 
         return attention

@@ -48,6 +48,10 @@ class ExpertOrder:
         order = is_gen.argsort(stable=True)
         return cls(order[: num_tokens - num_gen], order[num_tokens - num_gen :])
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ExpertOrder":
+        und, gen = (x.to(device, non_blocking=non_blocking) for x in (self.und, self.gen))
+        return ExpertOrder(und, gen)
+
     def split(self, x: Tensor) -> Blocks:
         """(S, ...) in sequence order -> blocks."""
         if len(self.gen) == 0 and not torch.is_grad_enabled():

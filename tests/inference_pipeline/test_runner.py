@@ -14,9 +14,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from data.transforms import ResizeRule
 from inference_pipeline.metrics import PSNR_OF_EQUAL_IMAGES, psnr_db, scores, ssim
-from inference_pipeline.restorer import DEFAULT_RULES, Restorer, TextConfig
+from inference_pipeline.restorer import DEFAULT_RULES, Restorer
 from inference_pipeline.runner import ResumeError, RunConfig, run, summarise
-from modeling.bagel.generation import SamplingConfig
+from modeling.bagel.generation import SamplingConfig, TextConfig
 from modeling.pretrained import PREPROCESSOR_FILE
 from scripts.tiny.make_pairs import test_records as make_test_records
 
