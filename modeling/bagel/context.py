@@ -163,6 +163,7 @@ class NextImages:
         self.segments = start_end.new_empty(sum(self.lens), start_end.shape[1])
         self.segments[~is_latent] = start_end.repeat(len(contexts), 1)
 
+    @torch.no_grad()
     def velocities(self, latents: Tensor) -> tuple[Tensor, ...]:
         """(L, D) float32 velocities of the images whose embedded (sum of L, d) latents these are,
         context after context."""
@@ -217,6 +218,7 @@ class NextTokens:
             last = len(self.contexts)
             self.store[:, :, slot, :, :last_length] = self.store[:, :, last, :, :last_length]
 
+    @torch.no_grad()
     def step(self, ids: list[int]) -> Tensor:
         """(B, d) hidden states of the next token of every context, in the order of the slots."""
         count, longest, device = len(ids), max(self.lengths) + 1, self.model.device

@@ -27,17 +27,21 @@ def sin_cos_table(side: int, channels: int) -> Tensor:
     return torch.cat([_sin_cos(index % side, half), _sin_cos(index // side, half)], dim=1).float()
 
 
+def _rotated(x_SHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x, half = x_SHE.float(), x_SHE.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out.to(x_SHE.dtype)
+
+
 class _Rotate(torch.autograd.Function):
     """The backward of a rotation is the rotation back; nothing but the angles is kept."""
 
     @staticmethod
     def forward(ctx: Any, x_SHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        x, half = x_SHE.float(), x_SHE.shape[-1] // 2
-        out = x * cos
-        out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-        out[..., half:].addcmul_(x[..., :half], sin[..., half:])
-        return out.to(x_SHE.dtype)
+        return _rotated(x_SHE, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -47,7 +51,8 @@ class _Rotate(torch.autograd.Function):
 
 def apply_rope(x_SHE: Tensor, rope: Rope) -> Tensor:
     """Half-rotation of every head by the angles of its token, computed in float32."""
-    return _Rotate.apply(x_SHE, *rope)
+    # Without a graph the function around it would cost as much as the rotation of a few tokens.
+    return _Rotate.apply(x_SHE, *rope) if torch.is_grad_enabled() else _rotated(x_SHE, *rope)
 
 
 class PositionEmbedding(nn.Module):

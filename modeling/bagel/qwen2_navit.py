@@ -113,7 +113,10 @@ class MLP(Qwen2MLP):
             raise ValueError(f"hidden_act {config.hidden_act!r} in llm_config.json is not silu")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if not torch.is_grad_enabled():
+            return self.down_proj(F.silu(gate).mul_(up))
+        return self.down_proj(_SwiGLU.apply(gate, up))
 
 
 class RMSNorm(nn.RMSNorm):
