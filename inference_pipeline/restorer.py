@@ -6,7 +6,7 @@ result.image.save("restored.png"); print(result.assessment)
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -35,11 +35,17 @@ from modeling.pretrained import PREPROCESSOR_FILE, LoadReport, Weights, load_pre
 
 from .devices import spread
 
-DEFAULT_RULES = {
+Rules = Mapping[str, Mapping[str, int]]
+DEFAULT_RULES: Rules = {
     "image_transform_args": {"image_stride": 16, "max_image_size": 2048, "min_image_size": 128},
     "vit_image_transform_args": {"image_stride": 14, "max_image_size": 518, "min_image_size": 224},
 }
-"""Resize rules of the users' batch script, for folders that do not say theirs."""
+"""Resize rules of the users' second batch script, for folders that do not say theirs."""
+FIRST_RULES: Rules = {
+    **DEFAULT_RULES,
+    "image_transform_args": {"image_stride": 16, "max_image_size": 1024, "min_image_size": 512},
+}
+"""Of their first one."""
 THINK = (
     "Before you answer, reason about what is asked and what the image shows, step by step, "
     "between <think> and </think>. Then give the result."
@@ -107,16 +113,18 @@ class Restorer:
         folder: str | Path,
         weights: Weights = "ema",
         max_memory: dict[int | str, str] | None = None,
+        rules: Rules | None = None,
         **options: Any,
     ) -> "Restorer":
         """A checkpoint folder, loaded strictly; `options` (device, dtype) as of `load_pretrained`.
 
         `max_memory` ({0: "40GiB", 1: "40GiB", "cpu": "100GiB"}) spreads a model that does not fit
-        one device, see `devices.spread`. Raises CheckpointError when the folder does not fit.
+        one device, see `devices.spread`. `rules` are the resize rules for a folder that does not
+        say its own. Raises CheckpointError when the folder does not fit.
         """
         model, report = load_pretrained(folder, weights, **options)
         path = Path(folder) / PREPROCESSOR_FILE
-        rules = json.loads(path.read_text()) if path.exists() else DEFAULT_RULES
+        rules = json.loads(path.read_text()) if path.exists() else rules or DEFAULT_RULES
         task = RestorationTask(Tokenizer(folder), *(ResizeRule(**rules[name]) for name in RULES))
         task.require_strides(model.config.latent_stride, model.config.vit_patch)
         return cls(spread(model.eval(), max_memory) if max_memory else model.eval(), task, report)

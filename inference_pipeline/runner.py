@@ -3,18 +3,21 @@
 Every number stands beside its floor and its ceiling: the degraded input and the autoencoder's
 reconstruction of the truth are measured like the restoration. A sample that fails is recorded with
 its error and counted, never dropped.
+
+The test set is cut into units of samples that are restored together. A unit that was cut off is
+done again as a whole, and processes take whole units: so the numbers do not depend on kills, on
+the number of processes, or on what was done before.
 """
 
 import hashlib
 import json
 import time
-from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -25,13 +28,18 @@ from data.scores import references
 from modeling.bagel.generation import SamplingConfig, TextConfig
 from modeling.pretrained import MANIFEST
 
-from .metrics import PROTOCOL, scores
-from .restorer import Restorer
+from .metrics import PROTOCOL, measure_all
+from .restorer import PromptStyle, Restoration, Restorer
+from .shards import ALONE, Processes
+from .statistics import summarise
+from .text_metrics import text_numbers
 
-KINDS = ("", "_input", "_bicubic", "_ceiling")
-"""Suffixes of psnr and ssim: the restoration, and what it is held against."""
-COPIED = ("main_task_type", "degrade_type", "input_img", "output_img", "message")
+COPIED = ("main_task_type", "degrade_type", "dataset", "input_img", "output_img", "message")
 """Keys of the test set that stand in the results too."""
+BATCHES_PER_UNIT = 4
+"""Texts refill a batch within a unit; a kill loses at most one unit per process."""
+RESULTS, SETTINGS, STATISTICS = "results.jsonl", "settings.json", "statistics.json"
+Result = dict[str, Any]
 
 
 class ResumeError(ValueError):
@@ -48,12 +56,23 @@ class RunConfig:
     seed: int = 42
     num_samples: int = -1
     """First N lines; -1 takes all."""
+    batch_size: int = 1
+    """Texts decoded and images sampled at a time, in each process."""
+    prompt_style: PromptStyle = "trained"
+    protocols: tuple[str, ...] = (PROTOCOL,)
+    """The first one's numbers have plain names."""
+    metrics: tuple[str, ...] = ("psnr", "ssim")
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} is less than 1")
 
 
-def run(restorer: Restorer, config: RunConfig) -> dict[str, Any]:
+def run(restorer: Restorer, config: RunConfig, processes: Processes = ALONE) -> dict[str, Any]:
     """Restores what is not done yet and returns the statistics that it writes.
 
-    Raises ResumeError when `output_dir` holds results of another configuration.
+    Every process calls it with its own `restorer`. Raises ResumeError when `output_dir` holds
+    results of another configuration.
     """
     annotations = config.annotation_file.read_bytes()
     numbered = enumerate(annotations.split(b"\n"), start=1)
@@ -62,19 +81,41 @@ def run(restorer: Restorer, config: RunConfig) -> dict[str, Any]:
         lines = lines[: config.num_samples]
     if not lines:
         raise ValueError(f"{config.annotation_file}: no sample")
-    _claim_folder(restorer, config, annotations)
-    path = config.output_dir / "results.jsonl"
-    batch = _Batch(restorer, config, _results(path))
-    todo = [i for i in range(len(lines)) if i not in batch.done]
+
+    def begin() -> dict[int, Result]:
+        _claim_folder(restorer, config, annotations)
+        return _merged(config.output_dir)
+
+    done = processes.first_says(begin)
+    batch = _Batch(restorer, config, _samples(lines))
+    units = _units(len(lines), config.batch_size * BATCHES_PER_UNIT, done)
     console = Console(stderr=True)
-    with path.open("a") as file:
-        for i in track(todo, "restoring", console=console, disable=not console.is_terminal):
-            batch.done[i] = batch.process(i, *lines[i])
-            file.write(json.dumps(batch.done[i]) + "\n")
+    hidden = processes.rank > 0 or not console.is_terminal
+    own = units[processes.rank :: processes.count]
+    with (config.output_dir / _part(processes.rank)).open("a") as file:
+        for unit in track(own, "restoring", console=console, disable=hidden):
+            file.write("".join(json.dumps(result) + "\n" for result in batch.restored(unit)))
             file.flush()
-    statistics = summarise([batch.done[i] for i in range(len(lines))])
-    (config.output_dir / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
-    return statistics
+    processes.wait()
+
+    def end() -> dict[str, Any]:
+        results = _merged(config.output_dir)
+        statistics = summarise([results[i] for i in range(len(lines))], config.protocols)
+        _replace(config.output_dir / STATISTICS, json.dumps(statistics, indent=2) + "\n")
+        return statistics
+
+    return processes.first_says(end)
+
+
+def _units(count: int, size: int, done: dict[int, Result]) -> list[list[int]]:
+    """Ids that are still to be restored: whole units, and failed samples of finished ones."""
+    units = []
+    for first in range(0, count, size):
+        unit = list(range(first, min(first + size, count)))
+        if all(i in done for i in unit):
+            unit = [i for i in unit if "error" in done[i]]
+        units.append(unit)
+    return [unit for unit in units if unit]
 
 
 def _claim_folder(restorer: Restorer, config: RunConfig, annotations: bytes) -> None:
@@ -82,117 +123,205 @@ def _claim_folder(restorer: Restorer, config: RunConfig, annotations: bytes) -> 
 
     Checkpoint and test set count by content, so that a changed file at an old path is noticed.
     """
-    manifest = Path(restorer.report.folder) / MANIFEST
+    folder = Path(restorer.report.folder)
+    manifest = folder / MANIFEST
     contents = manifest.read_bytes() if manifest.exists() else b"", annotations
     digests = [hashlib.sha256(content).hexdigest()[:16] for content in contents]
+    model_id, step = identity(folder)
     settings = asdict(config) | {
         "checkpoint": f"{restorer.report} (manifest {digests[0]}, test set {digests[1]})",
-        "protocol": PROTOCOL,
+        "model_id": model_id,
+        "step": step,
+        "split": config.annotation_file.stem,
     }
-    del settings["output_dir"], settings["num_samples"]
+    # These change no result, but for the rounding of matrix products.
+    for name in ("output_dir", "num_samples", "batch_size"):
+        del settings[name]
     text = json.dumps(settings, indent=2, default=str) + "\n"
-    path = config.output_dir / "settings.json"
+    path = config.output_dir / SETTINGS
     if path.exists() and path.read_text() != text:
         raise ResumeError(
             f"{config.output_dir} holds results of another configuration "
-            "(see settings.json there): choose another --output_dir"
+            f"(see {SETTINGS} there): choose another --output_dir"
         )
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    _replace(path, text)
 
 
-def _results(path: Path) -> dict[int, dict[str, Any]]:
-    """Results so far by sample id; failed samples and a line that a kill cut off are dropped."""
-    text = path.read_text() if path.exists() else ""
-    results = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
-    good = {result["sample_id"]: result for result in results if "error" not in result}
-    path.write_text("".join(json.dumps(result) + "\n" for result in good.values()))
-    return good
+def identity(checkpoint: Path) -> tuple[str, int | None]:
+    """A checkpoint's name in tables and its training step, for a step folder `run/0002000`."""
+    folder = checkpoint.resolve()
+    if folder.name.isdigit():
+        return f"{folder.parent.name}/{folder.name}", int(folder.name)
+    return folder.name, None
+
+
+def _part(rank: int) -> str:
+    return f"results.part{rank:04d}.jsonl"
+
+
+def _merged(folder: Path) -> dict[int, Result]:
+    """All results so far by sample id, now in results.jsonl: of every process, the latest counts.
+
+    A line that a kill cut off is dropped. Killed in between, the parts are merged once more.
+    """
+    parts = sorted(folder.glob("results.part*.jsonl"))
+    results: dict[int, Result] = {}
+    for path in (folder / RESULTS, *parts):
+        text = path.read_text() if path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        results |= {result["sample_id"]: result for result in map(json.loads, lines)}
+    kept = "".join(json.dumps(results[i]) + "\n" for i in sorted(results))
+    _replace(folder / RESULTS, kept)
+    for path in parts:
+        path.unlink()
+    return results
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file as a whole or not at all."""
+    staged = path.with_name(path.name + ".staged")
+    staged.write_text(text)
+    staged.replace(path)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One line of the test set, or why it is none."""
+
+    record: Record | None
+    error: str
+    stem: str
+    """Of its images, relative to the output folder; no other sample has the same."""
+
+
+def _samples(lines: Sequence[tuple[str, bytes]]) -> list[_Sample]:
+    samples, taken = [], set()
+    for i, (source, line) in enumerate(lines):
+        try:
+            record = parse_record(line, source)
+        except RecordError as error:
+            samples.append(_Sample(None, _told(error), ""))
+            continue
+        name = Path(record.input_image)
+        folder = Path("images", *(p for p in name.parent.parts if p not in ("/", "..")))
+        stem = f"{folder}/{name.stem}"
+        if stem in taken:  # another sample restores the same image
+            stem += f"_{i}"
+        taken.add(stem)
+        samples.append(_Sample(record, "", stem))
+    return samples
+
+
+@dataclass(frozen=True)
+class _Pair:
+    record: Record
+    degraded: Image.Image
+    truth: Image.Image
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """What samples are restored with, and the results so far."""
+    """What samples are restored with."""
 
     restorer: Restorer
     config: RunConfig
-    done: dict[int, dict[str, Any]]
-    """Results by sample id."""
+    samples: list[_Sample]
 
-    def process(self, sample_id: int, source: str, line: bytes) -> dict[str, Any]:
-        """One line -> its result, with `error` if it failed."""
-        result: dict[str, Any] = {"sample_id": sample_id, "timestamp": _now()}
-        try:
-            record = parse_record(line, source)
-            result |= {key: record.raw.get(key) for key in COPIED}
-            return result | self._restore(sample_id, record)
-        except (ValueError, RuntimeError, OSError) as error:
-            return result | {"error": f"{type(error).__name__}: {error}"}
+    def restored(self, unit: list[int]) -> list[Result]:
+        """The results of a unit's samples, with `error` for those that failed."""
+        pairs: dict[int, _Pair] = {}
+        errors: dict[int, str] = {}
+        for i in unit:
+            try:
+                pairs[i] = self._read(self.samples[i])
+            except (ValueError, OSError) as error:
+                errors[i] = self.samples[i].error or _told(error)
+        numbers: dict[int, Result] = {}
+        for i, restoration, seconds in self._restorations(pairs, errors):
+            try:
+                numbers[i] = self._measured(i, pairs[i], restoration, seconds)
+            except (ValueError, RuntimeError, OSError) as error:
+                errors[i] = _told(error)
+        return [self._result(i, numbers.get(i), errors.get(i)) for i in unit]
 
-    def _restore(self, sample_id: int, record: Record) -> dict[str, Any]:
-        """Restores, measures and saves; the numbers and the paths of the images."""
+    def _read(self, sample: _Sample) -> _Pair:
+        if sample.record is None:
+            raise RecordError(sample.error)
+        record, root = sample.record, self.config.image_root
         if record.output_image is None:
             raise RecordError(f"{record.source}: output_img is missing: nothing to compare with")
-        config, name = self.config, Path(record.input_image)
-        degraded = read_image(config.image_root / name)
-        truth_file = read_image(config.image_root / record.output_image)
-        start = time.perf_counter()
-        restored = self.restorer.restore(
-            degraded, record.instruction, config.sampling, config.text, config.seed
+        if not record.instruction:
+            raise RecordError(f"{record.source}: the instruction is empty")
+        return _Pair(
+            record, *(read_image(root / p) for p in (record.input_image, record.output_image))
         )
-        seconds = time.perf_counter() - start
+
+    def _restorations(
+        self, pairs: dict[int, _Pair], errors: dict[int, str]
+    ) -> Iterator[tuple[int, Restoration, float]]:
+        """(id, restoration, seconds per sample); where a batch fails its samples go on alone."""
+        ids, config, start = list(pairs), self.config, time.perf_counter()
+        asked = [(pairs[i].degraded, pairs[i].record.instruction) for i in ids]
+        batch_size = min(config.batch_size, len(ids))
+        try:
+            results = dict(
+                self.restorer.restorations(
+                    asked,
+                    config.sampling,
+                    config.text,
+                    config.seed,
+                    batch_size,
+                    config.prompt_style,
+                )
+            )
+        except (ValueError, RuntimeError, OSError) as error:
+            if len(ids) == 1:
+                errors[ids[0]] = _told(error)
+                return
+            for i in ids:
+                yield from self._restorations({i: pairs[i]}, errors)
+            return
+        seconds = (time.perf_counter() - start) / max(len(ids), 1)
+        for place, i in enumerate(ids):
+            yield i, results[place], seconds
+
+    def _measured(self, i: int, pair: _Pair, restored: Restoration, seconds: float) -> Result:
+        """Numbers, paths of the saved images and text of one restoration."""
+        config, stem = self.config, self.samples[i].stem
         rule, size = self.restorer.task.vae_rule, restored.image.size
-        enlarged, truth = references(degraded, truth_file, rule, size)
+        enlarged, truth = references(pair.degraded, pair.truth, rule, size)
         compared = {
             "": restored.image,
             "_ceiling": self.restorer.autoencode(truth),
             "_input": enlarged,
         }
-        if degraded.size != truth.size:
-            compared["_bicubic"] = degraded.resize(truth.size, Image.Resampling.BICUBIC)
-        measured: dict[str, Any] = {}
+        if pair.degraded.size != truth.size:
+            compared["_bicubic"] = pair.degraded.resize(truth.size, Image.Resampling.BICUBIC)
+        numbers: Result = {}
         for kind, image in compared.items():
-            measured |= scores(image, truth, kind)
-        folder = Path("images", *(p for p in name.parent.parts if p not in ("/", "..")))
-        stem = f"{folder}/{name.stem}"
-        if any(other.get("pred_img") == f"{stem}_pred.png" for other in self.done.values()):
-            stem += f"_{sample_id}"  # another sample restores the same image
-        (config.output_dir / folder).mkdir(parents=True, exist_ok=True)
-        for kind, image in (("input", degraded), ("GT", truth), ("pred", restored.image)):
+            numbers |= measure_all(image, truth, config.protocols, config.metrics, kind)
+        if pair.record.assessment:
+            numbers |= text_numbers(restored.assessment, pair.record.assessment)
+            numbers["reference_text"] = pair.record.assessment
+        (config.output_dir / stem).parent.mkdir(parents=True, exist_ok=True)
+        saved = {"saved_input_img": "input", "saved_output_img": "GT", "pred_img": "pred"}
+        for kind, image in (("input", pair.degraded), ("GT", truth), ("pred", restored.image)):
             image.save(config.output_dir / f"{stem}_{kind}.png")
-        return measured | {
-            "saved_input_img": f"{stem}_input.png",
-            "saved_output_img": f"{stem}_GT.png",
-            "pred_img": f"{stem}_pred.png",
+        return numbers | {
+            **{key: f"{stem}_{kind}.png" for key, kind in saved.items()},
+            "prompt": pair.record.instruction,
             "understanding_text": restored.assessment,
             "inference_time": seconds,
         }
 
-
-def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means and deviations over all samples and by task; failed samples are counted apart."""
-    by_task: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for result in results:
-        by_task[str(result.get("main_task_type"))].append(result)
-    return {
-        "protocol": PROTOCOL,
-        "overall": _summary(results),
-        "by_task_type": {task: _summary(part) for task, part in sorted(by_task.items())},
-        "timestamp": _now(),
-    }
+    def _result(self, i: int, numbers: Result | None, error: str | None) -> Result:
+        record = self.samples[i].record
+        copied = {key: record.raw.get(key) for key in COPIED} if record else {}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        result = {"sample_id": i, "timestamp": now, **copied}
+        return result | (numbers if numbers is not None else {"error": error})
 
 
-def _summary(results: list[dict[str, Any]]) -> dict[str, Any]:
-    good = [r for r in results if "error" not in r]
-    summary: dict[str, Any] = {"total_samples": len(results), "n_failed": len(results) - len(good)}
-    for name in (f"{metric}{kind}" for metric in ("psnr", "ssim") for kind in KINDS):
-        if values := [r[name] for r in good if name in r]:
-            summary[f"{name}_mean"] = float(np.mean(values))
-            summary[f"{name}_std"] = float(np.std(values))
-    if good:
-        summary["avg_inference_time"] = float(np.mean([r["inference_time"] for r in good]))
-    return summary
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,298 @@
+"""The batch command: several checkpoints and sets, kills, processes, batches, prompt styles."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from inference_pipeline.batch import main
+from inference_pipeline.devices import spread
+from inference_pipeline.restorer import THINK, Restorer
+from inference_pipeline.runner import RunConfig, identity, run
+from modeling.bagel.generation import SamplingConfig, TextConfig
+from scripts.tiny.make_pairs import test_records as make_test_records
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "configs" / "tiny" / "checkpoint"
+SCRIPT = ROOT / "inference_pipeline" / "MedQ-Uni_run_batch_test2.py"
+FAST = {"sampling": SamplingConfig(num_timesteps=2), "text": TextConfig(max_new_tokens=8)}
+OPTIONS = ["--num_timesteps", "2", "--max_text_tokens", "8", "--target_gpu_device", "cpu"]
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def restorer():
+    return Restorer.load(CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Eleven samples; one has no truth."""
+    folder = tmp_path_factory.mktemp("pairs")
+    records = make_test_records(folder, every=7)[:11]
+    records[4]["output_img"][0]["path"] = "missing.png"
+    (folder / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def config(pairs: Path, output: Path, **changes: object) -> RunConfig:
+    common = {"annotation_file": pairs / "test.jsonl", "image_root": pairs, "output_dir": output}
+    return RunConfig(**(common | FAST | changes))
+
+
+def results(output: Path) -> list[dict]:
+    found = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("timestamp", "inference_time")} for r in found]
+
+
+def command(pairs: Path, output: Path, *more: str) -> list[str]:
+    return [
+        *(str(SCRIPT), "--model_path", str(CHECKPOINT), "--annotation_file"),
+        *(str(pairs / "test.jsonl"), "--image_root", str(pairs), "--output_dir", str(output)),
+        *OPTIONS,
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(restorer, pairs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished")
+    statistics = run(restorer, config(pairs, output, batch_size=2))
+    assert statistics["overall"]["n_failed"] == 1
+    return output
+
+
+def test_a_batch_gives_what_single_samples_give(restorer, pairs, finished, tmp_path):
+    run(restorer, config(pairs, tmp_path))
+    for one, batched in zip(results(tmp_path), results(finished), strict=True):
+        assert one.get("understanding_text") == batched.get("understanding_text")
+        assert one.get("psnr", 0) == pytest.approx(batched.get("psnr", 0), abs=1e-3)
+        if "pred_img" in one:
+            images = [np.asarray(Image.open(f / one["pred_img"])) for f in (tmp_path, finished)]
+            difference = np.abs(images[0].astype(int) - images[1])
+            assert difference.max() <= 1 and difference.mean() < 1e-3
+
+
+def test_killed_twenty_times_every_sample_is_there_once_with_the_same_numbers(
+    pairs, finished, tmp_path
+):
+    chance, alive = random.Random(0), 0
+    start = [sys.executable, *command(pairs, tmp_path, "--batch_size", "2")]
+    for kill in range(KILLS):
+        process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        began, target = time.monotonic(), chance.random()
+        # After the start-up, whose length differs between machines, at a random moment of the work.
+        while process.poll() is None and time.monotonic() - began < 120:
+            parts = list(tmp_path.glob("results.part*.jsonl"))
+            if parts and time.monotonic() - began > 0:
+                time.sleep(2.0 * target if kill % 4 else 0.0)
+                break
+            time.sleep(0.01)
+        alive += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert alive >= KILLS // 2  # most of them were killed at work
+    done = subprocess.run(start, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr  # one sample fails in every run
+    assert results(tmp_path) == results(finished)
+    statistics = json.loads((tmp_path / "statistics.json").read_text())
+    assert statistics["overall"]["total_samples"] == 11
+    assert not list(tmp_path.glob("*.part*")) and not list(tmp_path.glob("*.staged"))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_a_test_set(pairs, finished, tmp_path, processes):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    more = command(pairs, tmp_path, "--batch_size", "2")
+    done = subprocess.run([sys.executable, *launch, *more], capture_output=True, text=True)
+    assert "11 samples, 1 failed" in done.stdout.replace("6 samples, 1", "11 samples, 1"), done
+    assert results(tmp_path) == results(finished)
+    for name in (r["pred_img"] for r in results(finished) if "pred_img" in r):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_checkpoints_times_sets_and_their_folders(pairs, tmp_path, capsys):
+    step = shutil.copytree(CHECKPOINT, tmp_path / "runs" / "denoise" / "0000020")
+    shutil.copy(pairs / "test.jsonl", pairs / "second.jsonl")
+    sets = [str(pairs / f"{name}.jsonl") for name in ("test", "second")]
+    options = ["--image_root", str(pairs), "--output_dir", str(tmp_path / "out"), *OPTIONS]
+    models = ["--model_path", str(CHECKPOINT), str(step), "--annotation_file", *sets]
+    assert main([*models, *options, "--num_samples", "2", "--protocols", "medq", "standard"]) == 0
+    folders = [
+        tmp_path / "out" / model / name
+        for model in ("checkpoint", "denoise/0000020")
+        for name in ("test", "second")
+    ]
+    for folder in folders:
+        assert len(results(folder)) == 2
+        settings = json.loads((folder / "settings.json").read_text())
+        assert settings["model_id"] in str(folder) and settings["split"] == folder.name
+        assert settings["step"] == (20 if "0000020" in str(folder) else None)
+        assert {"psnr", "standard:psnr", "standard:ssim_ceiling"} <= set(results(folder)[0])
+    printed = capsys.readouterr().out
+    assert printed.count("protocol medq") == printed.count("protocol standard") == 4
+    clash = [*models[:3], "--annotation_file", sets[0], sets[0]]
+    with pytest.raises(ValueError, match="same name"):
+        main([*clash, *options])
+
+
+def test_identity_of_a_checkpoint(tmp_path):
+    assert identity(tmp_path / "run" / "0002000") == ("run/0002000", 2000)
+    assert identity(tmp_path / "BAGEL-7B-MoT") == ("BAGEL-7B-MoT", None)
+
+
+def test_other_processes_hear_of_an_error_at_the_start(pairs, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    more = command(pairs, tmp_path / "out", "--seed", "7")
+    done = subprocess.run(
+        [sys.executable, *launch, *more], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 2 and "another configuration" in done.stderr
+
+
+def test_a_failing_batch_does_not_take_its_neighbours_along(restorer, pairs, finished, tmp_path):
+    """The model fails on one sample, as a GPU out of memory would."""
+    original = Restorer.generate
+
+    def failing(self, requests, batch_size=1):
+        requests = list(requests)
+        if any(len(r.prompt[2].ids) > 100 for r in requests):
+            raise RuntimeError("out of memory")
+        yield from original(self, requests, batch_size)
+
+    lines = (pairs / "test.jsonl").read_text().splitlines()
+    long = json.loads(lines[1])
+    long["message"][0]["value"] = "Remove the noise. " * 60
+    test_set = tmp_path / "test.jsonl"
+    test_set.write_text("\n".join([lines[0], json.dumps(long), *lines[2:4]]) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Restorer, "generate", failing)
+        run(restorer, config(pairs, tmp_path / "out", annotation_file=test_set, batch_size=4))
+    found = results(tmp_path / "out")
+    assert found[1]["error"] == "RuntimeError: out of memory"
+    expected = results(finished)
+    for i in (0, 2, 3):
+        assert found[i]["psnr"] == pytest.approx(expected[i]["psnr"], abs=1e-3)
+
+
+def test_images_of_every_kind(restorer, pairs, tmp_path):
+    """A dot, 16-bit grey, RGBA, palette and a large image; then too many pixels and cut bytes."""
+    rng = np.random.default_rng(0)
+    grey16 = (rng.random((40, 50)) * 65535).astype(np.uint16)
+    made = {
+        "dot": Image.new("RGB", (1, 1), "red"),
+        "grey16": Image.fromarray(grey16),
+        "rgba": Image.new("RGBA", (40, 30), (10, 200, 30, 128)),
+        "palette": Image.new("P", (30, 30)),
+        "large": Image.new("L", (5000, 4000), 90),
+        "huge": Image.new("L", (5001, 4000), 90),
+    }
+    lines = []
+    for name, image in made.items():
+        image.save(tmp_path / f"{name}.png")
+        lines.append(
+            {
+                "main_task_type": name,
+                "input_img": [{"path": f"{name}.png"}],
+                "output_img": [{"path": f"{name}.png"}],
+                "message": [{"from": "human", "value": "<image><image>\nRemove the noise."}],
+            }
+        )
+    test_set = tmp_path / "test.jsonl"
+    test_set.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = config(tmp_path, tmp_path / "out", annotation_file=test_set, batch_size=3)
+    statistics = run(restorer, settings)
+    found = {r["main_task_type"]: r for r in results(tmp_path / "out")}
+    assert [name for name, r in found.items() if "error" in r] == ["huge"]
+    assert "20000000 pixels" in found["huge"]["error"]
+    assert statistics["overall"]["n_failed"] == 1
+    for name in made.keys() - {"huge"}:
+        size = Image.open(tmp_path / "out" / found[name]["pred_img"]).size
+        assert size == restorer.task.vae_rule.size(*made[name].size)
+
+
+def test_the_origin_prompt_is_that_of_the_users_script(restorer, pairs):
+    """The assessment is made without latents and joined to the instruction after an empty line."""
+    image = Image.open(next((pairs / "images" / "test").glob("*_0_input.png")))
+    seen = []
+    original = Restorer.generate
+
+    def noted(self, requests, batch_size=1):
+        requests = list(requests)
+        seen.extend(requests)
+        yield from original(self, requests, batch_size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Restorer, "generate", noted)
+        ((_, restored),) = restorer.restorations(
+            [(image, "Remove the noise.")], **FAST, prompt_style="origin"
+        )
+    assess, restore = seen
+    assert [type(s).__name__ for s in assess.prompt] == ["VitSegment", "TextSegment"]
+    kinds = [type(s).__name__ for s in restore.prompt]
+    assert kinds == ["VaeSegment", "VitSegment", "TextSegment"] and restore.text is None
+    words = restorer.task.tokenizer.decode(restore.prompt[2].ids)
+    assert words == f"Remove the noise.\n\n{restored.assessment}".rstrip()
+    assert restored.assessment == restorer.answer([image], "Remove the noise.", FAST["text"])
+
+
+def test_questions_edits_and_thinking(restorer, pairs):
+    image = Image.open(next((pairs / "images" / "test").glob("*_0_input.png")))
+    questions = [([image], "Remove the noise."), ([], "Why?"), ([image, image], "Compare.")]
+    alone = [restorer.answer(*question, FAST["text"]) for question in questions]
+    assert dict(restorer.answers(questions, FAST["text"], batch_size=2)) == dict(enumerate(alone))
+    with pytest.raises(ValueError, match="instruction is empty"):
+        restorer.answer([image], " \n")
+    plain = restorer.edit(image, "Remove the noise.", FAST["sampling"])
+    thought = restorer.edit(image, "Remove the noise.", FAST["sampling"], think=FAST["text"])
+    assert plain.assessment == "" and thought.image.tobytes() != plain.image.tobytes()
+    assert "<think>" in THINK
+
+
+def test_layers_that_visit_the_device_give_the_same(restorer, pairs):
+    """Layers kept on the CPU by accelerate: parameters live elsewhere until a layer runs."""
+    image = Image.open(next((pairs / "images" / "test").glob("*_0_input.png")))
+    other = Restorer.load(CHECKPOINT)
+    spread(other.model, {"cpu": "10GiB"})
+    layers = other.model.language_model.model.layers
+    assert all(p.device.type == "meta" for p in layers.parameters())
+    guided = SamplingConfig(num_timesteps=3, cfg_text_scale=2.0, cfg_img_scale=2.0)
+    a, b = (r.restore(image, "Remove the noise.", guided, FAST["text"]) for r in (restorer, other))
+    assert a.assessment == b.assessment and a.image.tobytes() == b.image.tobytes()
+    with pytest.raises(ValueError, match="do not fit"):
+        spread(Restorer.load(CHECKPOINT).model, {"cpu": "1KiB"})
+
+
+def test_the_shell_script_passes_on_what_it_is_told():
+    names = {"CHECKPOINTS": "a b", "ANNOTATION_FILES": "x.jsonl", "IMAGE_ROOT": "r"}
+    script = ["bash", str(ROOT / "scripts" / "inference" / "run_batch.sh"), "--batch_size", "8"]
+    path = {"PATH": "/usr/bin:/bin"}
+    env = path | names | {"BASE_OUTPUT_DIR": "out", "GPUS": "2", "DRY_RUN": "1"}
+    done = subprocess.run(script, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == [
+        *["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+        *["inference_pipeline/MedQ-Uni_run_batch_test2.py", "--model_path", "a", "b"],
+        *["--annotation_file", "x.jsonl", "--image_root", "r", "--output_dir", "out", "--batch_size", "8"],
+    ]
+    done = subprocess.run(script, env=path | names, capture_output=True, text=True)
+    assert done.returncode == 2 and "BASE_OUTPUT_DIR is not set" in done.stderr
+
+
+def test_both_dtypes_of_weights_give_an_image(pairs):
+    image = Image.open(next((pairs / "images" / "test").glob("*_0_input.png")))
+    half = Restorer.load(CHECKPOINT, dtype=torch.bfloat16)
+    full = Restorer.load(CHECKPOINT).restore(image, "Remove the noise.", **FAST)
+    found = half.restore(image, "Remove the noise.", **FAST)
+    difference = np.asarray(found.image).astype(float) - np.asarray(full.image)
+    assert np.abs(difference).mean() < 4  # of 255
