@@ -7,9 +7,9 @@ DEMO = [
     "nibabel==5.4.2",
     "nilearn==0.14.1",
     "pydicom==3.0.2",
-    "scipy==1.17.1",
     "tokenizers==0.23.3",
 ]
+TEXT = ["nltk==3.10.4", "rouge-score==0.1.2", "sacrebleu==2.6.0"]
 TENSORBOARD = ["tensorboard==2.21.0"]
 WANDB = ["wandb==0.31.0"]
 DEEPSPEED = ["deepspeed==0.19.8"]
@@ -33,6 +33,7 @@ setup(
         "pyyaml==6.0.3",
         "rich==15.0.0",
         "scikit-image==0.26.0",
+        "scipy==1.17.1",
     ],
     extras_require={
         "demo": DEMO,
@@ -42,6 +43,7 @@ setup(
             *WANDB,
             *DEEPSPEED,
             *LORA,
+            *TEXT,
             "mypy==2.4.1",
             "pytest==9.2.0",
             "pytest-xdist==3.8.0",
@@ -50,6 +52,7 @@ setup(
         ],
         "deepspeed": DEEPSPEED,
         "lora": LORA,
+        "text": TEXT,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
     },

@@ -13,11 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent
+# As a script's own folder, it would hide the standard library's modules of the same names.
+sys.path = [str(HERE.parent), *(p for p in sys.path if Path(p) != HERE)]
 
-from inference_pipeline.metrics import PROTOCOL  # noqa: E402
+from inference_pipeline.metrics import KINDS, PROTOCOL, describe  # noqa: E402
 from inference_pipeline.restorer import Restorer, TextConfig  # noqa: E402
-from inference_pipeline.runner import KINDS, RunConfig, run  # noqa: E402
+from inference_pipeline.runner import RunConfig, run  # noqa: E402
 from modeling.bagel.generation import SamplingConfig  # noqa: E402
 
 Config = TypeVar("Config", SamplingConfig, RunConfig)
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     text = TextConfig(max_new_tokens=args.max_text_tokens, temperature=temperature)
     sampling = of_options(SamplingConfig, args)
     statistics = run(restorer, of_options(RunConfig, args, sampling=sampling, text=text))
-    print(f"protocol {PROTOCOL}: PSNR in dB / SSIM")
+    print(describe(PROTOCOL))
     for task, summary in statistics["by_task_type"].items():
         print(f"{task}: {summary['total_samples']} samples, {summary['n_failed']} failed", end="")
         for kind in KINDS:

@@ -8,13 +8,11 @@ its error and counted, never dropped.
 import hashlib
 import json
 import time
-from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -27,9 +25,8 @@ from modeling.pretrained import MANIFEST
 
 from .metrics import PROTOCOL, scores
 from .restorer import Restorer, TextConfig
+from .statistics import summarise
 
-KINDS = ("", "_input", "_bicubic", "_ceiling")
-"""Suffixes of psnr and ssim: the restoration, and what it is held against."""
 COPIED = ("main_task_type", "degrade_type", "input_img", "output_img", "message")
 """Keys of the test set that stand in the results too."""
 
@@ -167,31 +164,6 @@ class _Batch:
             "understanding_text": restored.assessment,
             "inference_time": seconds,
         }
-
-
-def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means and deviations over all samples and by task; failed samples are counted apart."""
-    by_task: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for result in results:
-        by_task[str(result.get("main_task_type"))].append(result)
-    return {
-        "protocol": PROTOCOL,
-        "overall": _summary(results),
-        "by_task_type": {task: _summary(part) for task, part in sorted(by_task.items())},
-        "timestamp": _now(),
-    }
-
-
-def _summary(results: list[dict[str, Any]]) -> dict[str, Any]:
-    good = [r for r in results if "error" not in r]
-    summary: dict[str, Any] = {"total_samples": len(results), "n_failed": len(results) - len(good)}
-    for name in (f"{metric}{kind}" for metric in ("psnr", "ssim") for kind in KINDS):
-        if values := [r[name] for r in good if name in r]:
-            summary[f"{name}_mean"] = float(np.mean(values))
-            summary[f"{name}_std"] = float(np.std(values))
-    if good:
-        summary["avg_inference_time"] = float(np.mean([r["inference_time"] for r in good]))
-    return summary
 
 
 def _now() -> str:

@@ -1,0 +1,34 @@
+"""One row for every statistics.json below some directories."""
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+# As a script's own folder, it would hide the standard library's modules of the same names.
+sys.path = [str(HERE.parent), *(p for p in sys.path if Path(p) != HERE)]
+
+from inference_pipeline import results  # noqa: E402
+
+NUMBERS = ("psnr_mean", "psnr_std", "ssim_mean", "ssim_std")
+
+
+def rows(_: Path, folder: results.ResultFolder) -> Iterator[dict[str, Any]]:
+    """Overall numbers, then those of each task, under the column names that users read."""
+    statistics = results.read_json(folder.path / results.STATISTICS)
+    overall, row = statistics["overall"], {"model_id": folder.model_id, "split": folder.split}
+    row |= {k: overall.get(k) for k in ("total_samples", *NUMBERS, "avg_inference_time")}
+    for i, (task, summary) in enumerate(statistics["by_task_type"].items(), start=1):
+        row |= {f"task{i}_type": task, f"task{i}_count": summary["total_samples"]}
+        row |= {f"task{i}_{name}": summary.get(name) for name in NUMBERS}
+        row["timestamp"] = statistics["timestamp"]  # their tables have it behind the first task
+    protocol = statistics.get("protocol", folder.protocols[0])
+    yield row | {"n_failed": overall.get("n_failed"), "protocol": protocol}
+
+
+if __name__ == "__main__":
+    flags = ("-d", "--directories")
+    table = partial(results.write_table, __doc__, flags, "summary.csv", results.STATISTICS, rows)
+    results.command(table)
