@@ -3,22 +3,21 @@
 import argparse
 from pathlib import Path
 
-from .metrics import PROTOCOLS, TEXT_METRICS, describe
-from .results import ResultFolder, command, read_results
+from .metrics import TEXT_METRICS, describe
+from .results import command, read_results, read_settings
 from .statistics import CONFIDENCE, paired
 from .text_metrics import TEXT_PROTOCOL
 
 
-def protocol_of(number: str, a: ResultFolder, b: ResultFolder) -> str:
-    """What a number of two folders means. Raises ValueError when their protocols differ."""
+def protocol_of(number: str, *protocols: str) -> str:
+    """What a number means, given the first protocol of each run; ValueError when they differ."""
     if number in TEXT_METRICS:
         return TEXT_PROTOCOL
-    ours, theirs = (number.split(":")[0] if ":" in number else f.protocols[0] for f in (a, b))
-    if ours != theirs:
-        raise ValueError(
-            f"{number} is {ours!r} in {a.path} and {theirs!r} in {b.path}: use one protocol"
-        )
-    return describe(ours) if ours in PROTOCOLS else ours
+    if ":" in number:
+        protocols = (number.split(":")[0],)
+    if len({*protocols}) > 1:
+        raise ValueError(f"{number} is by {protocols[0]!r} in A and by {protocols[1]!r} in B")
+    return describe(protocols[0])
 
 
 def main() -> None:
@@ -27,10 +26,10 @@ def main() -> None:
     parser.add_argument("b", type=Path, help="folder of results of the same test set")
     parser.add_argument("--number", default="psnr", help="a number of results.jsonl")
     args = parser.parse_args()
-    a, b = ResultFolder.open(args.a), ResultFolder.open(args.b)
-    print(f"{args.number} of A {a.model_id} and B {b.model_id} on {a.split}")
-    print(protocol_of(args.number, a, b))
-    results = read_results(a.path), read_results(b.path)
+    a, b = read_settings(args.a), read_settings(args.b)
+    print(f"{args.number} of A {a['model_id']} and B {b['model_id']} on {a['split']}")
+    print(protocol_of(args.number, a["protocols"][0], b["protocols"][0]))
+    results = read_results(args.a), read_results(args.b)
     for task in (None, *sorted({str(r.get("main_task_type")) for r in results[0]})):
         ours, theirs = (
             [r for r in x if task in (None, str(r.get("main_task_type")))] for x in results

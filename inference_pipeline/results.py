@@ -5,7 +5,6 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,11 @@ LAST_COLUMNS = ("n_failed", "protocol")
 """Stand behind those of the users' own tables."""
 
 
-@dataclass(frozen=True)
-class ResultFolder:
-    """One checkpoint on one test set; without settings, names of folders stand in for theirs."""
-
-    path: Path
-    model_id: str
-    split: str
-    protocols: list[str]
-
-    @classmethod
-    def open(cls, path: Path) -> "ResultFolder":
-        place, file = path.resolve(), path / SETTINGS
-        settings: dict[str, Any] = {
-            "model_id": place.parent.name,
-            "split": place.name,
-            "protocols": [PROTOCOL],
-        }
-        settings |= read_json(file) if file.exists() else {}
-        return cls(path, *(settings[key] for key in ("model_id", "split", "protocols")))
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Settings of a folder of results; without a file, names of folders stand in for theirs."""
+    place, file = folder.resolve(), folder / SETTINGS
+    names = {"model_id": place.parent.name, "split": place.name, "protocols": [PROTOCOL]}
+    return names | (read_json(file) if file.exists() else {})
 
 
 def read_json(path: Path, text: bytes | None = None, line: int = 1) -> dict[str, Any]:
@@ -56,7 +41,7 @@ def write_table(
     flags: tuple[str, str],
     output: str,
     name: str,
-    rows: Callable[[Path, ResultFolder], Iterable[dict[str, Any]]],
+    rows: Callable[[Path, Path], Iterable[dict[str, Any]]],
 ) -> None:
     """The command line of a table: `rows(entry, folder)` of every folder that holds a file `name`.
 
@@ -75,7 +60,7 @@ def write_table(
         for file in files:
             if args.verbose:
                 print(file)
-            table += rows(entry, ResultFolder.open(file.parent))
+            table += rows(entry, file.parent)
     columns = dict.fromkeys(key for row in table for key in row if key not in LAST_COLUMNS)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with args.output.open("w", newline="") as out:

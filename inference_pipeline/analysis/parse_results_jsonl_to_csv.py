@@ -13,18 +13,19 @@ from inference_pipeline import results  # noqa: E402
 from inference_pipeline.statistics import summary  # noqa: E402
 
 
-def rows(entry: Path, folder: results.ResultFolder) -> Iterator[dict[str, Any]]:
+def rows(entry: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """One row for every task and degradation in a folder below `entry`."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for result in results.read_results(folder.path):
+    for result in results.read_results(folder):
         groups[str(result.get("main_task_type")), str(result.get("degrade_type"))].append(result)
-    names = {"entry_dir": entry.resolve().name, "checkpoint": folder.model_id}
-    names["dataset_type"] = folder.split
+    settings = results.read_settings(folder)
+    names = {"entry_dir": entry.resolve().name, "checkpoint": settings["model_id"]}
+    names["dataset_type"] = settings["split"]
     for (task, degradation), group in sorted(groups.items()):
-        numbers = summary(group, folder.protocols, intervals=False)
+        numbers = summary(group, settings["protocols"], intervals=False)
         count = numbers.pop("total_samples") - numbers["n_failed"]
         row = names | {"main_task_type": task, "degrade_type": degradation, "count": count}
-        yield row | numbers | {"protocol": ", ".join(folder.protocols)}
+        yield row | numbers | {"protocol": ", ".join(settings["protocols"])}
 
 
 if __name__ == "__main__":
