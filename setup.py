@@ -7,7 +7,6 @@ DEMO = [
     "nibabel==5.4.2",
     "nilearn==0.14.1",
     "pydicom==3.0.2",
-    "scipy==1.17.1",
     "tokenizers==0.23.3",
 ]
 TENSORBOARD = ["tensorboard==2.21.0"]
@@ -28,11 +27,15 @@ setup(
         "torch==2.13.0",
         "transformers==5.23.0",
         "safetensors==0.8.0",
+        "nltk==3.10.4",
+        "rouge-score==0.1.2",
+        "sacrebleu==2.6.0",
         "numpy==2.4.6",
         "pillow==13.0.0",
         "pyyaml==6.0.3",
         "rich==15.0.0",
         "scikit-image==0.26.0",
+        "scipy==1.17.1",
     ],
     extras_require={
         "demo": DEMO,

@@ -11,20 +11,25 @@ PSNR_OF_EQUAL_IMAGES = 999.99
 """Stands for infinity, which JSON does not have."""
 
 
-def psnr_db(image: Image.Image, truth: Image.Image) -> float:
+PEAK = 255.0
+"""Data range of 8-bit images."""
+
+
+def psnr_db(image: Image.Image, truth: Image.Image, data_range: float = PEAK) -> float:
     """Peak signal-to-noise ratio in dB of two RGB images of one size."""
-    a, b = _arrays(image, truth)
+    a, b = rgb_arrays(image, truth)
     error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
-    return float(10 * np.log10(255.0**2 / error)) if error > 0 else PSNR_OF_EQUAL_IMAGES
+    return float(10 * np.log10(data_range**2 / error)) if error > 0 else PSNR_OF_EQUAL_IMAGES
 
 
 def ssim(image: Image.Image, truth: Image.Image) -> float:
     """Structural similarity of two RGB images of one size, sides at least 7."""
-    a, b = _arrays(image, truth)
-    return float(structural_similarity(a, b, channel_axis=2, data_range=255))
+    a, b = rgb_arrays(image, truth)
+    return float(structural_similarity(a, b, channel_axis=2, data_range=PEAK))
 
 
-def _arrays(image: Image.Image, truth: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+def rgb_arrays(image: Image.Image, truth: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Both as (H, W, 3) uint8. Raises ValueError when their sizes differ."""
     if image.size != truth.size:
         raise ValueError(f"images of {image.size} and {truth.size} cannot be compared")
     return np.asarray(image.convert("RGB")), np.asarray(truth.convert("RGB"))

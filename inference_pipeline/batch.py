@@ -31,11 +31,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    sets = {"type": Path, "nargs": "+", "required": True}
-    add("--annotation_file", **sets, help="test sets, JSONL")
+    add("--annotation_file", type=Path, nargs="+", required=True, help="test sets, JSONL")
     add("--image_root", type=Path, required=True, help="folder of their image paths")
     add("--output_dir", type=Path, required=True)
-    add("--model_path", **sets, help="checkpoint folders")
+    add("--model_path", type=Path, nargs="+", required=True, help="checkpoint folders")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--use_ema_checkpoint", action="store_true", help="the default")
     source.add_argument("--use_model_checkpoint", action="store_true")
@@ -59,6 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--num_samples", type=int, default=-1, help="first N; -1 takes all")
     add("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS[:1])
     add("--metrics", nargs="+", choices=METRICS, default=METRICS[:2])
+    add("--lpips_weights", type=Path, help="safetensors file: LPIPS is measured too")
     args = parser.parse_args(argv)
     for name in ("protocols", "metrics", "cfg_interval"):
         setattr(args, name, tuple(getattr(args, name)))

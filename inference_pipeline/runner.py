@@ -29,16 +29,17 @@ from modeling.bagel.generation import SamplingConfig, TextConfig
 from modeling.pretrained import MANIFEST
 
 from .metrics import PROTOCOL, measure_all
+from .perceptual import Lpips
 from .restorer import PromptStyle, Restoration, Restorer
+from .results import RESULTS, SETTINGS, STATISTICS
 from .shards import ALONE, Processes
-from .statistics import summarise
+from .summary import summarise
 from .text_metrics import text_numbers
 
 COPIED = ("main_task_type", "degrade_type", "dataset", "input_img", "output_img", "message")
 """Keys of the test set that stand in the results too."""
 BATCHES_PER_UNIT = 4
 """Texts refill a batch within a unit; a kill loses at most one unit per process."""
-RESULTS, SETTINGS, STATISTICS = "results.jsonl", "settings.json", "statistics.json"
 Result = dict[str, Any]
 
 
@@ -62,6 +63,8 @@ class RunConfig:
     protocols: tuple[str, ...] = (PROTOCOL,)
     """The first one's numbers have plain names."""
     metrics: tuple[str, ...] = ("psnr", "ssim")
+    lpips_weights: Path | None = None
+    """With a file, LPIPS is measured too."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -87,7 +90,8 @@ def run(restorer: Restorer, config: RunConfig, processes: Processes = ALONE) -> 
         return _merged(config.output_dir)
 
     done = processes.first_says(begin)
-    batch = _Batch(restorer, config, _samples(lines))
+    lpips = Lpips(config.lpips_weights) if config.lpips_weights else None
+    batch = _Batch(restorer, config, _samples(lines), lpips)
     units = _units(len(lines), config.batch_size * BATCHES_PER_UNIT, done)
     console = Console(stderr=True)
     hidden = processes.rank > 0 or not console.is_terminal
@@ -227,6 +231,7 @@ class _Batch:
     restorer: Restorer
     config: RunConfig
     samples: list[_Sample]
+    lpips: Lpips | None
 
     def restored(self, unit: list[int]) -> list[Result]:
         """The results of a unit's samples, with `error` for those that failed."""
@@ -301,6 +306,8 @@ class _Batch:
         numbers: Result = {}
         for kind, image in compared.items():
             numbers |= measure_all(image, truth, config.protocols, config.metrics, kind)
+            if self.lpips:
+                numbers[f"lpips{kind}"] = self.lpips(image, truth)
         if pair.record.assessment:
             numbers |= text_numbers(restored.assessment, pair.record.assessment)
             numbers["reference_text"] = pair.record.assessment

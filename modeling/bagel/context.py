@@ -25,7 +25,7 @@ def grown(store: Tensor, dim: int, length: int) -> Tensor:
         return store
     more = list(store.shape)
     more[dim] = max(length - store.shape[dim], store.shape[dim])
-    return torch.cat([store, store.new_empty(more)], dim)
+    return torch.cat([store, store.new_zeros(more)], dim)
 
 
 class KVCache:
@@ -191,7 +191,8 @@ class NextTokens:
         self.model, llm = model, model.config.llm
         heads, layers = llm.num_key_value_heads, llm.num_hidden_layers
         shape = (layers, 2, slots, heads, 0, model.config.head_dim)
-        self.store = torch.empty(shape, dtype=model.dtype, device=model.device)
+        # Never uninitialised memory: a masked NaN still is a NaN.
+        self.store = torch.zeros(shape, dtype=model.dtype, device=model.device)
         """(layers, 2, slots, Hk, capacity, E)."""
         self.contexts: list[Context] = []
         self.lengths: list[int] = []

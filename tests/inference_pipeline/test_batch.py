@@ -36,9 +36,9 @@ def restorer():
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """Eleven samples; one has no truth."""
+    """Eleven samples at most; one has no truth."""
     folder = tmp_path_factory.mktemp("pairs")
-    records = make_test_records(folder, every=7)[:11]
+    records = make_test_records(folder, every=5)[:11]
     records[4]["output_img"][0]["path"] = "missing.png"
     (folder / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return folder
@@ -71,15 +71,19 @@ def finished(restorer, pairs, tmp_path_factory):
     return output
 
 
-def test_a_batch_gives_what_single_samples_give(restorer, pairs, finished, tmp_path):
-    run(restorer, config(pairs, tmp_path))
-    for one, batched in zip(results(tmp_path), results(finished), strict=True):
+def test_a_batch_gives_what_single_samples_give(pairs, tmp_path):
+    """In float32; the shipped weights are bfloat16, whose rounding is that much coarser."""
+    restorer, folders = Restorer.load(CHECKPOINT, dtype=torch.float32), []
+    for batch_size in (1, 3):
+        folders.append(tmp_path / str(batch_size))
+        run(restorer, config(pairs, folders[-1], batch_size=batch_size))
+    for one, batched in zip(*map(results, folders), strict=True):
         assert one.get("understanding_text") == batched.get("understanding_text")
         assert one.get("psnr", 0) == pytest.approx(batched.get("psnr", 0), abs=1e-3)
         if "pred_img" in one:
-            images = [np.asarray(Image.open(f / one["pred_img"])) for f in (tmp_path, finished)]
-            difference = np.abs(images[0].astype(int) - images[1])
-            assert difference.max() <= 1 and difference.mean() < 1e-3
+            a, b = (np.asarray(Image.open(f / one["pred_img"])).astype(int) for f in folders)
+            # Rounding to 8 bits may tip over.
+            assert np.abs(a - b).max() <= 1 and (a != b).mean() < 1e-3
 
 
 def test_killed_twenty_times_every_sample_is_there_once_with_the_same_numbers(
@@ -105,7 +109,7 @@ def test_killed_twenty_times_every_sample_is_there_once_with_the_same_numbers(
     assert done.returncode == 1, done.stderr  # one sample fails in every run
     assert results(tmp_path) == results(finished)
     statistics = json.loads((tmp_path / "statistics.json").read_text())
-    assert statistics["overall"]["total_samples"] == 11
+    assert statistics["overall"]["total_samples"] == len(results(finished)) > 8
     assert not list(tmp_path.glob("*.part*")) and not list(tmp_path.glob("*.staged"))
 
 
@@ -114,7 +118,8 @@ def test_processes_share_a_test_set(pairs, finished, tmp_path, processes):
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     more = command(pairs, tmp_path, "--batch_size", "2")
     done = subprocess.run([sys.executable, *launch, *more], capture_output=True, text=True)
-    assert "11 samples, 1 failed" in done.stdout.replace("6 samples, 1", "11 samples, 1"), done
+    assert done.returncode == 1, done.stderr  # one sample fails
+    assert done.stdout.count("protocol medq") == 1
     assert results(tmp_path) == results(finished)
     for name in (r["pred_img"] for r in results(finished) if "pred_img" in r):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
@@ -283,7 +288,8 @@ def test_the_shell_script_passes_on_what_it_is_told():
     assert done.stdout.split() == [
         *["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
         *["inference_pipeline/MedQ-Uni_run_batch_test2.py", "--model_path", "a", "b"],
-        *["--annotation_file", "x.jsonl", "--image_root", "r", "--output_dir", "out", "--batch_size", "8"],
+        *["--annotation_file", "x.jsonl", "--image_root", "r", "--output_dir", "out"],
+        *["--batch_size", "8"],
     ]
     done = subprocess.run(script, env=path | names, capture_output=True, text=True)
     assert done.returncode == 2 and "BASE_OUTPUT_DIR is not set" in done.stderr

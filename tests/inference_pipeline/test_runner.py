@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from data.transforms import ResizeRule
-from inference_pipeline.metrics import PSNR_OF_EQUAL_IMAGES, psnr_db, scores, ssim
+from inference_pipeline.metrics import scores
 from inference_pipeline.restorer import DEFAULT_RULES, Restorer
-from inference_pipeline.runner import ResumeError, RunConfig, run, summarise
+from inference_pipeline.runner import ResumeError, RunConfig, run
 from modeling.bagel.generation import SamplingConfig, TextConfig
 from modeling.pretrained import PREPROCESSOR_FILE
 from scripts.tiny.make_pairs import test_records as make_test_records
@@ -178,26 +177,6 @@ def test_guidance_acts_in_a_restoration(restorer, pairs):
         for t, i in ((1.0, 2.0), (3.0, 1.0), (3.0, 2.0))
     )
     assert (plain != text).any() and (text != both).any()
-
-
-def test_metrics_against_scikit_image():
-    rng = np.random.default_rng(0)
-    a, b = (rng.integers(0, 256, (24, 20, 3), dtype=np.uint8) for _ in range(2))
-    images = Image.fromarray(a), Image.fromarray(b)
-    assert psnr_db(*images) == pytest.approx(peak_signal_noise_ratio(b, a), abs=1e-9)
-    expected = structural_similarity(a, b, channel_axis=2, data_range=255)
-    assert ssim(*images) == pytest.approx(expected, abs=1e-12)
-    assert psnr_db(images[0], images[0]) == PSNR_OF_EQUAL_IMAGES
-    assert ssim(images[0], images[0]) == 1
-    with pytest.raises(ValueError, match="cannot be compared"):
-        psnr_db(images[0], images[1].resize((5, 5)))
-
-
-def test_statistics_without_any_success():
-    summary = summarise([{"sample_id": 0, "error": "x"}])
-    assert summary["overall"] == {"total_samples": 1, "n_failed": 1}
-    assert list(summary["by_task_type"]) == ["None"]
-    assert not any(math.isnan(v) for v in summary["overall"].values())
 
 
 def test_rules_come_from_the_folder(restorer, tmp_path):

@@ -1,0 +1,78 @@
+"""Folders of results, as the batch inference writes them, and tables of them."""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from .metrics import PROTOCOL
+
+SETTINGS, RESULTS, STATISTICS = "settings.json", "results.jsonl", "statistics.json"
+LAST_COLUMNS = ("n_failed", "protocol")
+"""Stand behind those of the users' own tables."""
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Settings of a folder of results; without a file, names of folders stand in for theirs."""
+    place, file = folder.resolve(), folder / SETTINGS
+    names = {"model_id": place.parent.name, "split": place.name, "protocols": [PROTOCOL]}
+    return names | (read_json(file) if file.exists() else {})
+
+
+def read_json(path: Path, text: bytes | None = None, line: int = 1) -> dict[str, Any]:
+    """The object in a file, or in a line of it; ValueError names both."""
+    try:
+        return json.loads(path.read_bytes() if text is None else text)
+    except ValueError as error:
+        raise ValueError(f"{path}:{line}: {error}; was the run killed that writes it?") from error
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    path = folder / RESULTS
+    lines = enumerate(path.read_bytes().splitlines(), start=1)
+    return [read_json(path, text, line) for line, text in lines]
+
+
+def write_table(
+    summary: str,
+    flags: tuple[str, str],
+    output: str,
+    name: str,
+    rows: Callable[[Path, Path], Iterable[dict[str, Any]]],
+) -> None:
+    """The command line of a table: `rows(entry, folder)` of every folder that holds a file `name`.
+
+    `flags` take the directories to look in, and `output` is where the CSV goes by default.
+    """
+    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False)
+    parser.add_argument(*flags, dest="entries", type=Path, nargs="+", required=True)
+    parser.add_argument("-o", "--output", type=Path, default=Path(output), help="CSV file")
+    parser.add_argument("-v", "--verbose", action="store_true", help="name every file")
+    args = parser.parse_args()
+    table: list[dict[str, Any]] = []
+    for entry in args.entries:
+        files = sorted(entry.rglob(name))
+        if not files:
+            raise ValueError(f"{entry}: no {name} in it ({flags[1]})")
+        for file in files:
+            if args.verbose:
+                print(file)
+            table += rows(entry, file.parent)
+    columns = dict.fromkeys(key for row in table for key in row if key not in LAST_COLUMNS)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with args.output.open("w", newline="") as out:
+        writer = csv.DictWriter(out, [*columns, *LAST_COLUMNS])
+        writer.writeheader()
+        writer.writerows(table)
+    print(f"{len(table)} rows in {args.output}")
+
+
+def command(main: Callable[[], None]) -> None:
+    """Runs a command line; its user's mistakes become one line and exit code 1."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
