@@ -17,7 +17,7 @@ browser:
 	@command -v chromium >/dev/null || { \
 	  if [ "$$(id -u)" = 0 ]; then root=; else root="sudo -n"; fi; \
 	  $$root apt-get -qq update && \
-	  $$root apt-get -qq install --yes --no-install-recommends chromium; \
+	  $$root apt-get -qq -o DPkg::Lock::Timeout=300 install --yes --no-install-recommends chromium; \
 	} || echo "make test needs the browser chromium: install it, on Debian the package chromium" >&2
 
 demo: setup
