@@ -2,8 +2,7 @@
 
     python -m inference_pipeline.report build/demo/before build/demo/after --output report.html
 
-The page holds everything that it shows and fetches nothing. Nothing is measured here: means and
-intervals are those of every folder's statistics.json. How the page looks is in report.html.
+The page holds all that it shows. Means and intervals are those of every statistics.json.
 """
 
 import argparse
@@ -29,6 +28,7 @@ PLACES = ("only", "median", "worst", "best")
 """Samples shown of every task; the bound on the page's size drops the last of these first."""
 FILES = {"input": "saved_input_img", "truth": "saved_output_img", "restored": "pred_img"}
 """Images of a sample -> their keys in results.jsonl."""
+Json = dict[str, Any]
 
 
 class ReportError(ValueError):
@@ -40,9 +40,9 @@ class Run:
     """One result folder: a checkpoint on a test set."""
 
     folder: Path
-    settings: dict[str, Any]
-    statistics: dict[str, Any]
-    results: dict[int, dict[str, Any]]
+    settings: Json
+    statistics: Json
+    results: dict[int, Json]
     """By sample id."""
 
     @property
@@ -74,8 +74,8 @@ def find_runs(folders: list[Path]) -> list[Run]:
     """
     found: dict[Path, Run] = {}
     for folder in folders:
-        places = [folder] if (folder / RESULTS).exists() else []
-        places = places or sorted(path.parent for path in folder.rglob(RESULTS))
+        here = (folder / RESULTS).exists()
+        places = [folder] if here else sorted(path.parent for path in folder.rglob(RESULTS))
         if not places:
             raise ReportError(f"{folder}: neither {RESULTS} there nor in a folder below it")
         for place in places:
@@ -97,7 +97,7 @@ def read_run(folder: Path) -> Run:
     return Run(folder, settings, statistics, {result["sample_id"]: result for result in results})
 
 
-def _json(text: str, place: str) -> dict[str, Any]:
+def _json(text: str, place: str) -> Json:
     """NaN and infinities become None: the JSON of a browser has none."""
     try:
         return json.loads(text, parse_constant=lambda _: None)
@@ -143,7 +143,7 @@ def choose(ranked: list[int]) -> dict[str, int]:
     return {"worst": ranked[0]} | middle | {"best": ranked[-1]}
 
 
-def show(run: Run, result: dict[str, Any], album: Album, white: float) -> dict[str, Any] | None:
+def show(run: Run, result: Json, album: Album, white: float) -> Json | None:
     """One restoration for the page; None if its images do not fit."""
     files = {name: run.folder / result[key] for name, key in FILES.items()}
     with Image.open(files["restored"]) as restored, Image.open(files["truth"]) as truth:
@@ -152,25 +152,21 @@ def show(run: Run, result: dict[str, Any], album: Album, white: float) -> dict[s
     keys = album.add([*(path.read_bytes() for path in files.values()), stream.getvalue()])
     if keys is None:
         return None
-    message = result.get("message") or [{}]
     return {
         "images": dict(zip((*files, "error"), keys, strict=True)),
         "size": size,
         "numbers": {k: v for k, v in result.items() if f"{k}_mean" in run.statistics["overall"]},
         "assessment": result.get("understanding_text"),
         "reference": result.get("reference_text"),
-        "prompt": result.get("prompt") or message[0].get("value"),
+        "prompt": result.get("prompt") or (result.get("message") or [{}])[0].get("value"),
         "seconds": result.get("inference_time"),
     }
 
 
-def samples(
-    tests: list[list[int]], runs: list[Run], album: Album, white: float
-) -> list[dict[str, Any]]:
+def samples(tests: list[list[int]], runs: list[Run], album: Album, white: float) -> list[Json]:
     """Worst, median and best sample of every task by the last run of its test set, in all runs."""
-    cards: list[dict[str, Any]] = []
-    for t, members in enumerate(tests):
-        last = runs[members[-1]]
+    cards: list[Json] = []
+    for t, last in enumerate(runs[members[-1]] for members in tests):
         for task, ranked in sorted(last.ranked().items()):
             for place, i in choose(ranked).items():
                 about = _description(last.results[i]) | {"test": t, "task": task, "place": place}
@@ -188,7 +184,7 @@ def samples(
     return [card for card in cards if card["restorations"]]
 
 
-def _description(result: dict[str, Any]) -> dict[str, Any]:
+def _description(result: Json) -> Json:
     return {
         "sample_id": result["sample_id"],
         "input": (result.get("input_img") or [{}])[0].get("path"),
@@ -197,7 +193,7 @@ def _description(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def page_data(runs: list[Run], white: float, max_bytes: int) -> dict[str, Any]:
+def page_data(runs: list[Run], white: float, max_bytes: int) -> Json:
     """Everything that the page shows, ready for JSON."""
     sets: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for index, run in enumerate(runs):
@@ -227,7 +223,7 @@ def page_data(runs: list[Run], white: float, max_bytes: int) -> dict[str, Any]:
     }
 
 
-def render(data: dict[str, Any]) -> str:
+def render(data: Json) -> str:
     """The page. Only the template's own script may run in it, whatever the texts hold."""
     page = TEMPLATE.read_text(encoding="utf-8")
     script = page.rpartition("<script>")[2].partition("</script>")[0]
@@ -237,10 +233,9 @@ def render(data: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    shape = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=shape
     )
     add = parser.add_argument
     add("folders", nargs="+", type=Path, help="result folders, or folders of such")
