@@ -2,15 +2,23 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: setup demo test lint checks checkpoint
+.PHONY: setup browser demo test lint checks checkpoint
 
-setup: .venv/ready
+setup: .venv/ready browser
 
 .venv/ready: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(VENV)/pip install --quiet --upgrade pip
 	$(VENV)/pip install --quiet --editable '.[dev]'
 	touch $@
+
+# The tests look at the HTML report in it; nothing else needs it, so that setting up goes on without.
+browser:
+	@command -v chromium >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ]; then root=; else root="sudo -n"; fi; \
+	  $$root apt-get -qq update && \
+	  $$root apt-get -qq -o DPkg::Lock::Timeout=300 install --yes --no-install-recommends chromium; \
+	} || echo "make test needs the browser chromium: install it, on Debian the package chromium" >&2
 
 demo: setup
 	PATH="$(CURDIR)/$(VENV):$$PATH" bash scripts/tiny/demo.sh

@@ -23,6 +23,7 @@ setup(
     packages=find_packages(
         include=["modeling*", "data*", "train*", "inference_pipeline*", "scripts*"]
     ),
+    package_data={"inference_pipeline": ["report.html"]},
     install_requires=[
         "torch==2.13.0",
         "transformers==5.23.0",
@@ -46,6 +47,7 @@ setup(
             *DEEPSPEED,
             *LORA,
             "mypy==2.4.1",
+            "playwright==1.65.2",
             "pytest==9.2.0",
             "pytest-xdist==3.8.0",
             "ruff==0.17.6",

@@ -21,3 +21,4 @@ python train/main_sr_pixel_loss.py --config configs/tiny/demo.yaml \
   --dataset_config_file "$out/data/mixture.yaml" --checkpoint_dir "$out/run"
 restore "$(find "$out/run" -maxdepth 1 -name '[0-9]*' | sort | tail -n 1)" "$out/after"
 python -m scripts.tiny.report --demo "$out"
+python -m inference_pipeline.report "$out/before" "$out/after" --output "$out/report.html"

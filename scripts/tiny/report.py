@@ -1,4 +1,4 @@
-"""The demo's table, contact sheet and loss plot.
+"""The demo's table and loss plot.
 
 python -m scripts.tiny.report --demo build/demo
 """
@@ -12,11 +12,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
-
-ERROR_RANGE = 0.2
-"""Absolute error shown as white in the error column."""
 
 
 def table(before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -47,54 +42,6 @@ def _cell(summary: dict[str, Any], kind: str) -> str:
     return f"{summary[f'psnr{kind}_mean']:.2f} dB / {summary[f'ssim{kind}_mean']:.3f}"
 
 
-def contact_sheet(folder: Path, path: Path, per_task: int = 3) -> None:
-    """Input, restored, truth and error of the worst, median and best sample of every task."""
-    results = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    chosen: list[dict[str, Any]] = []
-    for task in sorted({r["main_task_type"] for r in results}):
-        ranked = sorted(
-            (r for r in results if r["main_task_type"] == task), key=lambda r: r["psnr"]
-        )
-        places = np.linspace(0, len(ranked) - 1, min(per_task, len(ranked))).round().astype(int)
-        chosen += [ranked[i] for i in places]
-    figure, axes = plt.subplots(len(chosen), 4, figsize=(8.5, 2.5 * len(chosen)), squeeze=False)
-    for row, result in zip(axes, chosen, strict=True):
-        truth = _grey(folder / result["saved_output_img"])
-        size = truth.shape[::-1]
-        degraded = _grey(folder / result["saved_input_img"], size)
-        restored = _grey(folder / result["pred_img"])
-        error = np.abs(restored - truth) / ERROR_RANGE
-        titles = (
-            f"{result['main_task_type']} input\n{result['psnr_input']:.1f} dB",
-            f"restored\n{result['psnr']:.1f} dB, SSIM {result['ssim']:.3f}",
-            "truth",
-            f"error (white: {ERROR_RANGE})",
-        )
-        for axis, image, title in zip(row, (degraded, restored, truth, error), titles, strict=True):
-            axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axis.set_title(title, fontsize=9)
-            axis.axis("off")
-        row[1].text(
-            0.5,
-            -0.02,
-            f"“{result['understanding_text']}”",
-            fontsize=8,
-            ha="center",
-            va="top",
-            transform=row[1].transAxes,
-        )
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _grey(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    image = Image.open(path).convert("L")
-    if size is not None:
-        image = image.resize(size, Image.Resampling.NEAREST)
-    return np.asarray(image, dtype=np.float32) / 255.0
-
-
 def loss_plot(metrics: Path, path: Path) -> None:
     """Every loss term and the gradient norm over the steps."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -120,12 +67,11 @@ def main() -> None:
     ]
     text = table(*statistics)
     (demo / "table.md").write_text(text + "\n")
-    contact_sheet(demo / "after", demo / "contact_sheet.png")
     loss_plot(demo / "run" / "metrics.jsonl", demo / "losses.png")
     print(
         f"PSNR in dB / SSIM on held-out slices (protocol {statistics[1]['protocol']})\n\n{text}\n"
     )
-    print(f"pictures: {demo / 'contact_sheet.png'}, {demo / 'losses.png'}")
+    print(f"loss curves: {demo / 'losses.png'}")
 
 
 if __name__ == "__main__":
