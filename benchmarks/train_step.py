@@ -15,6 +15,7 @@ import argparse
 import itertools
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -119,19 +120,23 @@ class WithViT(nn.Module):
         return ours(self.decoder, pack, x)
 
 
-class Scattered:
-    """The decoder in the scatter formulation, on the weights of `model`."""
+class ScatteredDecoder(ABC):
+    """The decoder's layers in the scatter formulation, on the weights of `model`."""
 
-    def __init__(self, model: Qwen2Model, pack: Pack, flash: bool) -> None:
-        self.model, self.pack, self.flash = model, pack, flash
+    und: Tensor
+    """int64 places of the understanding tokens."""
+    gen: Tensor
+    """int64 places of the generation tokens."""
+
+    def __init__(self, model: Qwen2Model) -> None:
+        self.model = model
         self.eps = model.get_submodule("norm").eps
         self.weights = dict(model.named_parameters())
-        self.mask = torch.zeros(pack.mask.shape).masked_fill(~pack.mask, float("-inf"))
 
     def each(self, run: Callable[[str, Tensor], Tensor], x: Tensor) -> Tensor:
         """Gathers every expert's tokens, runs them, and scatters into new zeros."""
         out = None
-        for suffix, index in (("", self.pack.und), (GEN, self.pack.gen)):
+        for suffix, index in (("", self.und), (GEN, self.gen)):
             part = run(suffix, x[index])
             out = part.new_zeros(len(x), *part.shape[1:]) if out is None else out
             out[index] = part
@@ -166,43 +171,64 @@ class Scattered:
         a, b = wide.chunk(2, dim=-1)
         return (wide * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
-    def sample(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(S, Hq, E) of one sample."""
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        mask = self.mask.to(q.dtype).expand(len(q), -1, -1)
-        if self.flash:
-            out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask[None])[0]
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return out.transpose(0, 1)
-
-    def attention(self, name: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        head_dim, sample_lens = self.model.head_dim, self.pack.layout[0]
+    def heads(self, name: str, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """(S, heads, E) queries, keys and values."""
         q, k, v = (
-            self.each(self.linear(f"{name}.{part}_proj"), x).unflatten(1, (-1, head_dim))
+            self.each(self.linear(f"{name}.{part}_proj"), x).unflatten(1, (-1, self.model.head_dim))
             for part in "qkv"
         )
         q, k = (
             self.rope(self.each(self.norm(f"{name}.{part}_norm"), y), cos, sin)
             for part, y in (("q", q), ("k", k))
         )
-        k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))
-        samples = zip(*(y.split(sample_lens) for y in (q, k, v)), strict=True)
-        out = torch.cat([self.sample(*sample) for sample in samples])
-        return self.each(self.linear(f"{name}.o_proj"), out.flatten(1))
+        return q, k, v
 
-    def __call__(self) -> Tensor:
+    def sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, flash: bool) -> Tensor:
+        """(S, Hq, E) of one sample; key heads are copied."""
+        k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        mask = mask.to(q.dtype).expand(len(q), -1, -1)
+        if flash:
+            out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask[None])[0]
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out.transpose(0, 1)
+
+    @abstractmethod
+    def attend(self, name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(S, Hq, E) of layer `name`."""
+
+    def run(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """(S, d) input embeddings -> (S, d) after the final norms."""
         exponent = torch.arange(0, self.model.head_dim, 2) / self.model.head_dim
-        angle = self.pack.position_ids[:, None] / self.model.rope_theta**exponent
+        angle = position_ids[:, None] / self.model.rope_theta**exponent
         angle = torch.cat([angle, angle], dim=-1)[:, None]
-        x = self.pack.x
+        cos, sin = angle.cos(), angle.sin()
         for i in range(len(self.model.layers)):
             layer = f"layers.{i}."
             normed = self.each(self.norm(layer + "input_layernorm"), x)
-            x = x + self.attention(layer + "self_attn", normed, angle.cos(), angle.sin())
+            attention = layer + "self_attn"
+            attended = self.attend(attention, *self.heads(attention, normed, cos, sin)).flatten(1)
+            x = x + self.each(self.linear(attention + ".o_proj"), attended)
             normed = self.each(self.norm(layer + "post_attention_layernorm"), x)
             x = x + self.each(self.mlp(layer + "mlp"), normed)
         return self.each(self.norm("norm"), x)
+
+
+class Scattered(ScatteredDecoder):
+    """All samples of a pack, each with its dense mask."""
+
+    def __init__(self, model: Qwen2Model, pack: Pack, flash: bool) -> None:
+        super().__init__(model)
+        self.und, self.gen, self.pack, self.flash = pack.und, pack.gen, pack, flash
+        self.mask = torch.zeros(pack.mask.shape).masked_fill(~pack.mask, float("-inf"))
+
+    def attend(self, name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        samples = zip(*(y.split(self.pack.layout[0]) for y in (q, k, v)), strict=True)
+        return torch.cat([self.sdpa(*sample, self.mask, self.flash) for sample in samples])
+
+    def __call__(self) -> Tensor:
+        return self.run(self.pack.x, self.pack.position_ids)
 
 
 def build(freeze_und: bool = False) -> Qwen2Model:
