@@ -37,7 +37,15 @@ from benchmarks.train_step import LLM, ScatteredDecoder, bf16_gain  # noqa: E402
 from modeling.autoencoder import AutoencoderConfig  # noqa: E402
 from modeling.bagel.bagel import Bagel  # noqa: E402
 from modeling.bagel.config import BagelConfig  # noqa: E402
-from modeling.bagel.generation import Context, SamplingConfig, generate_image  # noqa: E402
+from modeling.bagel.context import Context  # noqa: E402
+from modeling.bagel.generation import (  # noqa: E402
+    ImageJob,
+    SamplingConfig,
+    TextConfig,
+    TextJob,
+    generate_texts,
+    sample_latents,
+)
 from modeling.batch import SpecialTokens  # noqa: E402
 from modeling.geometry import patchify, position_ids  # noqa: E402
 
@@ -149,37 +157,36 @@ class Released(ScatteredDecoder):
         return x
 
 
-def fork(context: Context) -> Context:
-    """A context that grows on its own."""
-    forked = copy.copy(context)
-    forked.cache = copy.copy(context.cache)
-    forked.cache.store = context.cache.store.clone()
-    return forked
-
-
+@torch.inference_mode()
 def decode_texts(contexts: Sequence[Context], count: int) -> list[list[int]]:
-    """`count` greedy ids after every context; the contexts stay."""
-    return [fork(c).generate_text(count, VOCABULARY, stop_at_eos=False) for c in contexts]
+    """`count` greedy ids after every context, decoded together; the contexts stay."""
+    config = TextConfig(max_new_tokens=count, stop_at_eos=False)
+    jobs = [TextJob(context.fork(), config) for context in contexts]
+    texts = dict(generate_texts(jobs, VOCABULARY, len(jobs)))
+    return [texts[i] for i in range(len(jobs))]
 
 
-def sample_images(jobs: Sequence[Branches[Context]], side: int) -> list[Tensor]:
-    """(Z, h, w) latents of one image of `side` x `side` pixels a job, from its index's noise."""
-    return [
-        generate_image(full, (side, side), GUIDANCE, torch.Generator().manual_seed(i), *others)
-        for i, (full, *others) in enumerate(jobs)
+@torch.inference_mode()
+def sample_images(branches: Sequence[Branches[Context]], side: int) -> list[Tensor]:
+    """(L, D) latents of one image of `side` x `side` pixels each, from its index's noise."""
+    size = side, side
+    generators = [torch.Generator().manual_seed(i) for i in range(len(branches))]
+    jobs = [
+        ImageJob.of_size(full, size, GUIDANCE, generator, *others)
+        for (full, *others), generator in zip(branches, generators, strict=True)
     ]
+    return sample_latents(jobs)
 
 
 @torch.no_grad()
 def build() -> Bagel:
-    """Random weights, the same every time; the autoencoder decodes to the latents themselves."""
+    """Random weights, the same every time."""
     torch.manual_seed(0)
     llm = Qwen2Config(**LLM | {"vocab_size": VOCABULARY})
     model = Bagel(BagelConfig(llm=llm, vit=None, vae=AutoencoderConfig(ch=32))).eval()
     for name, parameter in model.named_parameters():
         if not name.startswith("vae."):
             parameter.normal_(*((1.0, 0.1) if "norm" in name else (0.0, 0.06)))
-    model.vae.decode = lambda latents: latents
     return model
 
 
@@ -199,7 +206,7 @@ class Sample:
     def ours(self, model: Bagel) -> Branches[Context]:
         full, without_image = Context(model, TOKENS), Context(model, TOKENS)
         full.add_vae_image(self.image_pm1)
-        without_text = fork(full)
+        without_text = full.fork()
         for context in (full, without_image):
             context.add_text(self.ids)
         return full, without_text, without_image
@@ -254,8 +261,7 @@ class Benchmark:
         equal = sum(ours == peers for ours, peers in found)
         self.judge("texts of equal greedy ids", equal, BATCH, at_least=True)
         for side in IMAGE_SPEEDS:
-            latent = sample_images(self.ours[:2], side)[0]
-            got = patchify(latent, self.model.config.latent_patch_size)
+            got = sample_images(self.ours, side)[0]
             want = self.released.sample(self.peers[0], side)
             error = ((got - want).norm() / want.norm()).item()
             self.judge(f"error of latents of {side} x {side}", error, ERROR, at_least=False)

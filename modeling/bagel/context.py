@@ -238,14 +238,18 @@ class NextTokens:
 
     def _attention(self, lengths: Tensor, count: int, longest: int) -> Attention:
         slots, mask = torch.arange(count, device=lengths.device), None
-        if len(set(self.lengths)) > 1:
+        one_length = len(set(self.lengths)) == 1
+        if not one_length:
             seen = torch.arange(longest, device=lengths.device) <= lengths[:, None]
             mask = torch.zeros(seen.shape, dtype=self.store.dtype, device=seen.device)
             mask = mask.masked_fill(~seen, -torch.inf)[:, None, None]
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.store[layer]
-            keys[slots, :, lengths], values[slots, :, lengths] = k.to(keys), v.to(keys)
+            keys, values = self.store[layer].unbind()
+            if one_length:
+                keys[:count, :, longest - 1], values[:count, :, longest - 1] = k, v
+            else:
+                keys[slots, :, lengths], values[slots, :, lengths] = k.to(keys), v.to(keys)
             # The queries of a key head are the rows of one product with its keys.
             grouped = q.unflatten(1, (keys.shape[1], -1)).to(keys)
             past = keys[:count, :, :longest], values[:count, :, :longest]

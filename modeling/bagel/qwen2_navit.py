@@ -29,6 +29,12 @@ RopeBlocks = tuple[Blocks, Blocks]
 """Cosines and sines of both blocks."""
 
 
+def _alone(gen_rows: Tensor) -> bool:
+    """Und tokens only and no graph, as in decoding: the few rows of a step cost less than what
+    sorts them."""
+    return gen_rows.shape[0] == 0 and not torch.is_grad_enabled()
+
+
 @dataclass(frozen=True)
 class ExpertOrder:
     """Which tokens of the sequence belong to which expert."""
@@ -40,11 +46,12 @@ class ExpertOrder:
 
     @classmethod
     def of(cls, num_tokens: int, gen_indexes: Tensor | None, device: torch.device) -> "ExpertOrder":
+        if gen_indexes is None:
+            places = torch.arange(num_tokens, device=device)
+            return cls(places, places[:0])
         is_gen = torch.zeros(num_tokens, dtype=torch.int8, device=device)
-        num_gen = 0
-        if gen_indexes is not None:
-            is_gen[gen_indexes] = 1
-            num_gen = len(gen_indexes)
+        is_gen[gen_indexes] = 1
+        num_gen = len(gen_indexes)
         order = is_gen.argsort(stable=True)
         return cls(order[: num_tokens - num_gen], order[num_tokens - num_gen :])
 
@@ -54,13 +61,13 @@ class ExpertOrder:
 
     def split(self, x: Tensor) -> Blocks:
         """(S, ...) in sequence order -> blocks."""
-        if len(self.gen) == 0 and not torch.is_grad_enabled():
+        if _alone(self.gen):
             return x, x[:0]
         return _Split.apply(x, self.und, self.gen)
 
     def join(self, blocks: Blocks) -> Tensor:
         """Blocks -> (S, ...) in sequence order."""
-        if len(self.gen) == 0 and not torch.is_grad_enabled():
+        if _alone(self.gen):
             return blocks[0]
         return _Join.apply(*blocks, self.und, self.gen)
 
@@ -123,6 +130,8 @@ class RMSNorm(nn.RMSNorm):
     """Fused, with float32 sums, also where autocast mixes the dtypes of input and weight."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         wide = torch.promote_types(x.dtype, self.weight.dtype)
         out = F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps)
         return out.to(x.dtype)
@@ -162,22 +171,27 @@ class Experts(nn.Module):
         for s in suffixes:
             self.add_module(name + s, RMSNorm(size, eps))
 
+    def part(self, name: str) -> nn.Module:
+        """Own submodule; `get_submodule` would walk a path for every operation of every token."""
+        return self._modules[name]  # type: ignore[return-value]
+
     def per_expert(
         self, run: Callable[..., Tensor], suffixes: tuple[str, ...], *blocks: Blocks
     ) -> Blocks:
         """`run(suffix, *rows)` of either expert; a single expert runs on both blocks."""
+        if self.skip_empty and _alone(blocks[0][1]):
+            und = run(suffixes[0], *[rows for rows, _ in blocks])
+            return und, und[:0]
         und_rows, gen_rows = zip(*blocks, strict=True)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_und):
             und = run(suffixes[0], *und_rows)
         # In training an empty block runs too: its weights then get zero gradients, not None.
-        if self.skip_empty and len(gen_rows[0]) == 0 and not torch.is_grad_enabled():
-            return und, und[:0]
         return und, run(suffixes[-1], *gen_rows)
 
     def each(self, name: str, x: Blocks, suffixes: tuple[str, ...] | None = None) -> Blocks:
         """Every expert's own submodule `name` + suffix on its block."""
         return self.per_expert(
-            lambda s, part: self.get_submodule(name + s)(part), suffixes or self.suffixes, x
+            lambda s, part: self.part(name + s)(part), suffixes or self.suffixes, x
         )
 
 
@@ -200,11 +214,11 @@ class ExpertAttention(Experts):
         """(n, heads, E) queries, keys or values of either expert, normed and rotated."""
 
         def run(suffix: str, part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            out = self.get_submodule(f"{name}_proj{suffix}")(part).unflatten(1, (-1, self.head_dim))
+            out = self.part(f"{name}_proj{suffix}")(part).unflatten(1, (-1, self.head_dim))
             if name == "v":
                 return out
             if self.qk_norm:
-                out = self.get_submodule(f"{name}_norm{suffix}")(out)
+                out = self.part(f"{name}_norm{suffix}")(out)
             return apply_rope(out, (cos, sin))
 
         return self.per_expert(run, self.suffixes, x, *rope)
