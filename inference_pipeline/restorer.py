@@ -6,7 +6,7 @@ result.image.save("restored.png"); print(result.assessment)
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.config import RULES
 from data.images import to_uint8
-from data.packer import Segment, TextSegment
+from data.packer import Segment, TextSegment, VitSegment
 from data.tasks import RestorationTask, filled
 from data.tokenizer import Tokenizer
 from data.transforms import ResizeRule
@@ -89,6 +89,38 @@ class Restorer:
         generator = torch.Generator().manual_seed(seed)
         _, _, ids = self._assess(image, instruction, text or TextConfig(), generator)
         return self.task.tokenizer.decode(ids)
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        images: list[Image.Image],
+        question: str,
+        text: TextConfig | None = None,
+        seed: int = 42,
+    ) -> str:
+        """The answer to a question about images, which only the ViT sees, in their order.
+
+        Raises ValueError for an empty question.
+        """
+        if not question.strip():
+            raise ValueError("the question is empty")
+        text, tokenizer = text or TextConfig(), self.task.tokenizer
+        seen = [VitSegment(image_pm1=self.task.vit_rule(image)) for image in images]
+        context = self._context([*seen, TextSegment(ids=tokenizer.encode(question))])
+        generator = torch.Generator().manual_seed(seed)
+        limits = text.max_new_tokens, tokenizer.size, text.temperature
+        return tokenizer.decode(context.generate_text(*limits, generator))
+
+    def answers(
+        self,
+        requests: Iterable[tuple[list[Image.Image], str]],
+        text: TextConfig | None = None,
+        seed: int = 42,
+        batch_size: int = 8,
+    ) -> Iterator[tuple[int, str]]:
+        """(place of the request, its answer) as they finish."""
+        for place, (images, question) in enumerate(requests):
+            yield place, self.answer(images, question, text, seed)
 
     @torch.inference_mode()
     def restore(
