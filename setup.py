@@ -9,6 +9,7 @@ DEMO = [
     "pydicom==3.0.2",
     "tokenizers==0.23.3",
 ]
+APP = ["gradio==6.31.0"]
 TENSORBOARD = ["tensorboard==2.21.0"]
 WANDB = ["wandb==0.31.0"]
 DEEPSPEED = ["deepspeed==0.19.8"]
@@ -32,15 +33,17 @@ setup(
         "rouge-score==0.1.2",
         "sacrebleu==2.6.0",
         "numpy==2.4.6",
-        "pillow==13.0.0",
+        "pillow==12.3.0",
         "pyyaml==6.0.3",
         "rich==15.0.0",
         "scikit-image==0.26.0",
         "scipy==1.17.1",
     ],
     extras_require={
+        "app": APP,
         "demo": DEMO,
         "dev": [
+            *APP,
             *DEMO,
             *TENSORBOARD,
             *WANDB,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ class ImageError(ValueError):
     """An image that cannot be read; the message names the file."""
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """The RGB image of a file.
+def read_image(path: str | Path | BinaryIO) -> Image.Image:
+    """The RGB image of a file, or of its content held in memory.
 
     Raises ImageError for a missing, damaged or oversized file.
     """
@@ -34,7 +35,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def _opened(path: str | Path | BinaryIO) -> Iterator[Image.Image]:
     """The image of a file before its pixels are decoded."""
     try:
         with Image.open(path) as image:
@@ -42,7 +43,8 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
                 raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path}: {error}") from error
+        name = path if isinstance(path, str | Path) else "encoded image"
+        raise ImageError(f"{name}: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

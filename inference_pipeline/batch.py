@@ -138,7 +138,7 @@ def _load(
 def _print(statistics: dict[str, Any], protocols: tuple[str, ...]) -> None:
     """PSNR and SSIM of every task by every protocol, floor and ceiling beside them."""
     for i, protocol in enumerate(protocols):
-        print(f"protocol {protocol}, {describe(protocol)}")
+        print(f"protocol {describe(protocol)}")
         prefix = f"{protocol}:" if i else ""
         for task, summary in statistics["by_task_type"].items():
             found = f"{summary['total_samples']} samples, {summary['n_failed']} failed"

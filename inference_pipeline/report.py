@@ -20,6 +20,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .metrics import PROTOCOLS, describe
+from .text_metrics import TEXT_PROTOCOL
+
 TEMPLATE = Path(__file__).with_name("report.html")
 RESULTS = "results.jsonl"
 RANKED_BY = "psnr"
@@ -207,6 +210,7 @@ def page_data(runs: list[Run], white: float, max_bytes: int) -> Json:
         "samples": samples([*sets.values()], runs, album, white),
         "left_out": album.left_out,
         "images": album.uris,
+        "protocols": {p: f"protocol {describe(p)}" for p in PROTOCOLS} | {"text": TEXT_PROTOCOL},
         "tests": [{"split": key[0], "runs": members} for key, members in sets.items()],
         "runs": [
             {

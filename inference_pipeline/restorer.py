@@ -229,7 +229,7 @@ class Restorer:
         def request(images: Sequence[Image.Image], question: str) -> Request:
             prompt: list[Segment] = [self._text(THINK)] if think else []
             prompt += [VitSegment(image_pm1=self.task.vit_rule(image)) for image in images]
-            prompt.append(self._text(_stated(question)))
+            prompt.append(self._text(_stated(question, "question")))
             return Request(prompt=prompt, text=text or TextConfig(), seed=seed)
 
         for i, reply in self.generate((request(*q) for q in questions), batch_size):
@@ -308,10 +308,10 @@ class Restorer:
         return Reply(self.task.tokenizer.decode(entry.ids), image)
 
 
-def _stated(instruction: str) -> str:
-    if not instruction.strip():
-        raise ValueError("the instruction is empty")
-    return instruction
+def _stated(words: str, what: str = "instruction") -> str:
+    if not words.strip():
+        raise ValueError(f"the {what} is empty")
+    return words
 
 
 def _drawn(reply: Reply) -> Image.Image:

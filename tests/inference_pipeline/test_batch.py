@@ -257,7 +257,7 @@ def test_questions_edits_and_thinking(restorer, pairs):
     questions = [([image], "Remove the noise."), ([], "Why?"), ([image, image], "Compare.")]
     alone = [restorer.answer(*question, FAST["text"]) for question in questions]
     assert dict(restorer.answers(questions, FAST["text"], batch_size=2)) == dict(enumerate(alone))
-    with pytest.raises(ValueError, match="instruction is empty"):
+    with pytest.raises(ValueError, match="question is empty"):
         restorer.answer([image], " \n")
     plain = restorer.edit(image, "Remove the noise.", FAST["sampling"])
     thought = restorer.edit(image, "Remove the noise.", FAST["sampling"], think=FAST["text"])

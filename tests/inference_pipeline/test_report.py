@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
+from inference_pipeline.metrics import describe
 from inference_pipeline.report import ReportError, choose, error_map, find_runs, main, page_data
+from inference_pipeline.text_metrics import TEXT_PROTOCOL
 from scripts.tiny.make_pairs import test_records as make_test_records
 
 ROOT = Path(__file__).parents[2]
@@ -286,9 +288,9 @@ def test_tables_mark_the_best(opened):
     tables = opened.page.locator("#numbers > .scroll table")
     captions = tables.locator("caption").all_inner_texts()
     assert captions[:3] == [
-        "PSNR in dB · protocol medq · higher is better",
-        "LPIPS · protocol medq · lower is better",
-        "BLEU · assessment against the reference text · higher is better",
+        f"PSNR in dB · protocol {describe('medq')} · higher is better",
+        f"LPIPS · protocol {describe('medq')} · lower is better",
+        f"BLEU · {TEXT_PROTOCOL} · higher is better",
     ]
     best = tables.nth(0).locator(".best").all_inner_texts()
     assert best == ["29.00 ★[28.13, 29.58]", "31.00 ★[30.07, 31.62]"]
