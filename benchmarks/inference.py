@@ -1,6 +1,6 @@
 """Text decoding and guided image sampling against the released code's loop.
 
-    python benchmarks/inference.py [--threads 1] [--rounds 7] [--image_rounds 3]
+    python benchmarks/inference.py [--threads 1] [--rounds 5]
 
 The peer is that loop as the released code describes it, written anew on the same weights and on the
 layers of `benchmarks/train_step.py`'s peer: one sample at a time; a dict from layers to keys and
@@ -289,11 +289,11 @@ class Benchmark:
 
     def lengths(self) -> None:
         """Growth with the context, and with the answer."""
-        arguments, long = self.arguments, Context(self.model, TOKENS)
+        rounds, long = self.arguments.rounds, Context(self.model, TOKENS)
         long.add_text(random_ids(LONG_CONTEXT - 2, torch.Generator().manual_seed(BATCH)))
         after, within = f"after {LONG_CONTEXT} tokens", f"in an answer of {LONG_ANSWER}"
-        self.growth(after, long, NEW_TOKENS, arguments.rounds, CONTEXT_GROWTH)
-        self.growth(within, self.contexts[0], LONG_ANSWER, arguments.image_rounds, ANSWER_GROWTH)
+        self.growth(after, long, NEW_TOKENS, rounds, CONTEXT_GROWTH)
+        self.growth(within, self.contexts[0], LONG_ANSWER, 1 + rounds // 2, ANSWER_GROWTH)
 
     def images(self, side: int, has_bf16: bool) -> None:
         print(f"\nLatents of {side} x {side}, {GUIDANCE.num_timesteps - 1} steps, both guidances")
@@ -308,7 +308,8 @@ class Benchmark:
             runs[BF16] = lambda: sample_images(half, side)
         elif BF16 in IMAGE_SPEEDS[side]:
             print(f"  not applicable, bf16 is not faster on this machine: {BF16}")
-        self.speeds(runs, self.arguments.image_rounds, IMAGE_SPEEDS[side], 1, f"images of {side}")
+        rounds = 1 + self.arguments.rounds * min(IMAGE_SPEEDS) // side
+        self.speeds(runs, rounds, IMAGE_SPEEDS[side], 1, f"images of {side}")
 
 
 @torch.no_grad()
@@ -317,8 +318,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--image_rounds", type=int, default=3, help="also those of long answers")
+    parser.add_argument("--rounds", type=int, default=5, help="fewer where they take longer")
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
     has_bf16, benchmark = bf16_gain(arguments) > 1, Benchmark(arguments)
