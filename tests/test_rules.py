@@ -81,10 +81,11 @@ def test_scripts_do_not_import_train():
     assert found == []
 
 
-def test_processes_meet_in_two_files():
-    """Collectives and signals, and what shards the model; all else is told by these."""
+def test_processes_meet_in_three_files():
+    """Collectives and signals, what shards the model, what shares a test set; all else is told."""
     meeting = re.compile(r"\btorch\.distributed\b")
     allowed = {ROOT / "train" / name for name in ("distributed.py", "backends.py")}
+    allowed.add(ROOT / "inference_pipeline" / "shards.py")
     assert {path for path in LIBRARY if meeting.search(path.read_text())} == allowed
 
 
