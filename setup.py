@@ -13,6 +13,7 @@ DEMO = [
 TENSORBOARD = ["tensorboard==2.21.0"]
 WANDB = ["wandb==0.31.0"]
 DEEPSPEED = ["deepspeed==0.19.8"]
+PARQUET = ["pyarrow==26.0.1"]
 LORA = ["accelerate==1.15.0", "peft==0.21.2"]
 
 setup(
@@ -28,6 +29,7 @@ setup(
         "torch==2.13.0",
         "transformers==5.23.0",
         "safetensors==0.8.0",
+        "fsspec==2026.9.0",
         "numpy==2.4.6",
         "pillow==13.0.0",
         "pyyaml==6.0.3",
@@ -42,6 +44,7 @@ setup(
             *WANDB,
             *DEEPSPEED,
             *LORA,
+            *PARQUET,
             "mypy==2.4.1",
             "pytest==9.2.0",
             "pytest-xdist==3.8.0",
@@ -50,6 +53,7 @@ setup(
         ],
         "deepspeed": DEEPSPEED,
         "lora": LORA,
+        "parquet": PARQUET,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
     },

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ class ImageError(ValueError):
     """An image that cannot be read; the message names the file."""
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """The RGB image of a file.
+def read_image(path: str | Path | BinaryIO) -> Image.Image:
+    """The RGB image of a file, or of an open one whose `str` is its name.
 
     Raises ImageError for a missing, damaged or oversized file.
     """
@@ -27,19 +28,21 @@ def read_image(path: str | Path) -> Image.Image:
         return to_rgb(image)
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
+def image_size(path: str | Path | BinaryIO) -> tuple[int, int]:
     """(width, height) from the header of a file; raises ImageError as `read_image` does."""
     with _opened(path) as image:
         return image.size
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def _opened(path: str | Path | BinaryIO) -> Iterator[Image.Image]:
     """The image of a file before its pixels are decoded."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
+                raise Image.DecompressionBombError(
+                    f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels"
+                )
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path}: {error}") from error
