@@ -161,7 +161,7 @@ def test_samples_that_are_too_long_are_dropped_and_counted(checkpoint, mixture):
 def test_nothing_but_long_samples_is_an_error_and_some_are_not(checkpoint, mixture):
     with pytest.raises(
         ValueError,
-        match=r"100 samples in a row .*train.jsonl:\d: \d\d tokens exceed max_num_tokens_per_sample",
+        match=r"100 samples in a row .*jsonl:\d: \d\d tokens exceed max_num_tokens_per_sample",
     ):
         loader(checkpoint, mixture, max_num_tokens_per_sample=20).next_batch()
     sizes = {"max_num_tokens_per_sample": 60, "expected_num_tokens": 5600, "max_num_tokens": 6000}
