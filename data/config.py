@@ -82,7 +82,7 @@ def load_mixture(path: str | Path, data_root: str | Path | None = None) -> tuple
         raise ValueError(f"{path}: a mapping of tasks is expected")
     root = str(data_root or path.parent.resolve())
     return tuple(
-        _group(f"{path}:{content.lines[name]}: {name}", str(name), group, root)
+        _group(f"{path}:{content.lines.get(str(name), 1)}: {name}", str(name), group, root)
         for name, group in content.items()
     )
 
@@ -98,7 +98,7 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
 class _Mapping(dict[Hashable, Any]):
     """A mapping that knows the lines of its keys."""
 
-    lines: dict[Hashable, int]
+    lines: dict[str, int]
 
 
 class _Loader(yaml.SafeLoader):
@@ -108,12 +108,11 @@ class _Loader(yaml.SafeLoader):
         found = _Mapping()
         found.lines = {}
         yield found
-        for key, _ in node.value:
-            line, name = key.start_mark.line + 1, self.construct_object(key)
-            if name in found.lines:
-                text = f"{name!r} stands in line {found.lines[name]} already"
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if line := found.lines.get(key.value):
+                text = f"{key.value!r} stands in line {line} already"
                 raise yaml.constructor.ConstructorError(None, None, text, key.start_mark)
-            found.lines[name] = line
+            found.lines[key.value] = key.start_mark.line + 1
         found.update(self.construct_mapping(node))
 
 
@@ -123,7 +122,8 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_yaml_map)
 def _at(where: str, content: _Mapping, key: str) -> str:
     """`file:line: keys`, with the line of that key."""
     file, _, keys = where.rpartition(": ")
-    return f"{file.rpartition(':')[0]}:{content.lines[key]}: {keys}" if key in content else where
+    line = content.lines.get(key)
+    return f"{file.rpartition(':')[0]}:{line}: {keys}" if line else where
 
 
 def _checked(where: str, content: Any, kind: type) -> dict[str, Any]:

@@ -15,7 +15,9 @@ def place(text: str) -> Place:
 
 
 def within(folder: Place, name: str) -> Place:
-    """A file of a folder."""
+    """A file of a folder; `name` may be a whole path or URL."""
+    if "://" in name:
+        return name
     return f"{folder.rstrip('/')}/{name}" if isinstance(folder, str) else folder / name
 
 

@@ -245,6 +245,7 @@ def of_packs(found: Findings) -> Iterator[str]:
     longest = max(max(p.sample_lens) for p in packs)
     yield f"{answers} answer tokens in {sum(samples)} samples, the longest of {longest} tokens"
     yield f"{found.loader.too_long} samples dropped: longer than max_num_tokens_per_sample"
+    yield from (f"{n} samples left out: {name}" for name, n in found.loader.skipped.items())
     shift = found.model.config.timestep_shift
     images = [vae for vae in (p.vae for p in packs) if vae is not None]
     drawn = [zip(vae.times(shift), vae.is_target, strict=True) for vae in images]

@@ -356,3 +356,15 @@ def test_weights_of_data_sets_and_a_shuffle_before_the_cut(checkpoint, three_set
         taken.add(tuple(records[i].source.rpartition(":")[2] for i in range(len(records))))
     assert len(taken) > 1 and all(len(set(lines)) == 3 for lines in taken)
     assert all(1 <= int(line) <= 6 for lines in taken for line in lines)
+
+
+def test_an_anchor_may_be_merged_and_overridden(tmp_path):
+    write_pairs(tmp_path, 1)
+    rules = "".join(f"  {name}: {rule}\n" for name, rule in RULES.items())
+    sets = "  datasets: [{name: d, jsonl_path: train.jsonl}]\n"
+    second = "second:\n  <<: *first\n  task: editing\n  weight: 3\n"
+    text = f"restoration: &first\n{rules}{sets}{second}"
+    text = text.replace("train.jsonl", str(tmp_path / "train.jsonl"))
+    (path := tmp_path / "mixture.yaml").write_text(text)
+    first, other = load_mixture(path)
+    assert other == dataclasses.replace(first, task="editing", weight=3)
