@@ -13,6 +13,7 @@ APP = ["gradio==6.31.0"]
 TENSORBOARD = ["tensorboard==2.21.0"]
 WANDB = ["wandb==0.31.0"]
 DEEPSPEED = ["deepspeed==0.19.8"]
+PARQUET = ["pyarrow==26.0.1"]
 LORA = ["accelerate==1.15.0", "peft==0.21.2"]
 
 setup(
@@ -32,6 +33,7 @@ setup(
         "nltk==3.10.4",
         "rouge-score==0.1.2",
         "sacrebleu==2.6.0",
+        "fsspec==2026.9.0",
         "numpy==2.4.6",
         "pillow==12.3.0",
         "pyyaml==6.0.3",
@@ -49,6 +51,7 @@ setup(
             *WANDB,
             *DEEPSPEED,
             *LORA,
+            *PARQUET,
             "mypy==2.4.1",
             "playwright==1.65.2",
             "pytest==9.2.0",
@@ -58,6 +61,7 @@ setup(
         ],
         "deepspeed": DEEPSPEED,
         "lora": LORA,
+        "parquet": PARQUET,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
     },

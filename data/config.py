@@ -6,106 +6,197 @@ restoration:
   vit_image_transform_args: {image_stride: 14, max_image_size: 518, min_image_size: 224}
   datasets:
     - {name: ixi_t1, jsonl_path: "${data_root}/ixi/train.jsonl", data_dir: "${data_root}/ixi"}
+questions:
+  task: vlm_sft
+  ...
 """
 
 import difflib
 import math
+from collections.abc import Hashable, Iterable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .transforms import ResizeRule
-
-TASKS = ("restoration", "MedicalImageEditingIterableDataset_ver1")
-"""Names of the one task at the top level, the users' class name included."""
-RULES = ("image_transform_args", "vit_image_transform_args")
-"""Keys of the resize rules: of the autoencoder's and of the ViT's images."""
+from .files import Place, exists, place
+from .sources import JsonlRecords, ParquetRecords, Records
+from .tasks import TASKS, Task
+from .tokenizer import Tokenizer
+from .transforms import NO_IMAGES, ResizeRule
+from .transforms import RULES as RULES
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
     name: str
-    jsonl_path: Path
-    data_dir: Path
-    """Image paths of the JSONL file are relative to this folder."""
+    jsonl_path: Place | None = None
+    parquet_path: Place | None = None
+    """A file or a folder of files, instead of jsonl_path."""
+    data_dir: Place
+    """Image paths of the records are relative to this folder; default: that of the records."""
     num_used_data: int = 0
-    """Records used, from the top; 0 uses all."""
+    """Records used (of parquet_path: files), from the top; 0 uses all."""
+    weight: float = 1.0
+    """Records of the set come this many times as often as others of their group."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupConfig:
+    task: str = ""
+    """One of TASKS; default: the name of the group."""
     weight: float = 1.0
     """Share of the group's samples is weight / sum of weights."""
-    image_transform_args: ResizeRule
-    vit_image_transform_args: ResizeRule
+    is_mandatory: bool = False
+    """Every pack begins with a sample of the group."""
+    image_transform_args: ResizeRule = NO_IMAGES
+    vit_image_transform_args: ResizeRule = NO_IMAGES
+    shuffle_lines: bool = False
+    """Lines of JSONL files are shuffled before num_used_data are taken."""
+    shuffle_seed: int = 0
     datasets: tuple[DatasetConfig, ...]
+
+    def make_task(self, tokenizer: Tokenizer) -> Task:
+        return TASKS[self.task](tokenizer, self.image_transform_args, self.vit_image_transform_args)
+
+    def open_records(self, dataset: DatasetConfig) -> Records:
+        """Raises RecordError without any record, OSError for a file."""
+        form, used = TASKS[self.task].form, dataset.num_used_data
+        if dataset.parquet_path is not None:
+            return ParquetRecords(dataset.parquet_path, form, used)
+        seed = self.shuffle_seed if self.shuffle_lines else None
+        return JsonlRecords(dataset.jsonl_path or "", form, used, seed)
 
 
 def load_mixture(path: str | Path, data_root: str | Path | None = None) -> tuple[GroupConfig, ...]:
     """Reads a mixture. `${data_root}` in paths is `data_root` or the YAML file's folder.
 
-    Raises ValueError that names the file, the key and the nearest known key.
+    Raises ValueError that names the file, the line, the key and the nearest known key.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"dataset_config_file={path}: there is no such file")
-    content = _checked(str(path), read_yaml(path))
-    if not content:
+    content = read_yaml(path, _Loader)
+    if not isinstance(content, _Mapping) or not content:
         raise ValueError(f"{path}: a mapping of tasks is expected")
     root = str(data_root or path.parent.resolve())
-    return tuple(_group(f"{path}: {name}", group, root) for name, group in content.items())
+    return tuple(
+        _group(f"{path}:{content.lines.get(str(name), 1)}: {name}", str(name), group, root)
+        for name, group in content.items()
+    )
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
     """Raises ValueError with the file and the line for what is no YAML."""
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.load(path.read_text(), loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: no YAML: {error}") from error
 
 
-def _checked(where: str, content: Any, kind: type | None = None) -> dict[str, Any]:
-    """A copy of a mapping, whose keys must be fields of the dataclass `kind` (default: TASKS).
+class _Mapping(dict[Hashable, Any]):
+    """A mapping that knows the lines of its keys."""
 
-    Raises ValueError for an unknown key (naming the nearest) or a missing one.
+    lines: dict[str, int]
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses keys that stand twice: the later would win unseen."""
+
+    def construct_yaml_map(self, node: yaml.MappingNode) -> Any:
+        found = _Mapping()
+        found.lines = {}
+        yield found
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if line := found.lines.get(key.value):
+                text = f"{key.value!r} stands in line {line} already"
+                raise yaml.constructor.ConstructorError(None, None, text, key.start_mark)
+            found.lines[key.value] = key.start_mark.line + 1
+        found.update(self.construct_mapping(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_yaml_map)
+
+
+def _at(where: str, content: _Mapping, key: str) -> str:
+    """`file:line: keys`, with the line of that key."""
+    file, _, keys = where.rpartition(": ")
+    line = content.lines.get(key)
+    return f"{file.rpartition(':')[0]}:{line}: {keys}" if line else where
+
+
+def _checked(where: str, content: Any, kind: type) -> dict[str, Any]:
+    """A copy of a mapping, whose keys must be fields of the dataclass `kind`.
+
+    Raises ValueError for an unknown key (naming the nearest), a missing one or another type.
     """
-    if not isinstance(content, dict):
+    if not isinstance(content, _Mapping):
         raise ValueError(f"{where}: a mapping is expected, not {content!r}")
-    known = {f.name: f.default for f in fields(kind)} if kind else dict.fromkeys(TASKS)
-    for key in content:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {sorted(known)}"
-            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
-    if missing := sorted(k for k, v in known.items() if v is MISSING and k not in content):
+    types: dict[str, Any] = {f.name: f.type for f in fields(kind)}
+    for key, value in content.items():
+        here = _at(where, content, str(key))
+        if key not in types:
+            raise ValueError(f"{here}: unknown key {key!r}; {_nearest(str(key), types)}")
+        _require_type(f"{here}: {key}={value!r}", value, types[str(key)])
+    needed = [f.name for f in fields(kind) if f.default is MISSING]
+    if missing := sorted({*needed} - {*content} - {"data_dir"}):
         raise ValueError(f"{where}: missing {missing}")
-    return dict(content)
+    return {str(key): value for key, value in content.items()}
 
 
-def _group(where: str, content: Any, root: str) -> GroupConfig:
-    group = {"weight": 1.0} | _checked(where, content, GroupConfig)
-    weight, datasets = group["weight"], group["datasets"]
-    positive = isinstance(weight, int | float) and 0 < weight < math.inf
-    if not positive or not isinstance(datasets, list) or not datasets:
-        raise ValueError(f"{where}: needs a positive weight and at least one data set")
+def _require_type(where: str, value: Any, wanted: Any) -> None:
+    """Raises ValueError; numbers that are measures must be positive, whole ones not negative."""
+    if wanted not in (bool, int, float, str):
+        return
+    good = isinstance(value, int | float) if wanted is float else isinstance(value, wanted)
+    if not good or isinstance(value, bool) != (wanted is bool):
+        raise ValueError(f"{where} is no {wanted.__name__}")
+    if wanted is float and not 0 < value < math.inf:
+        raise ValueError(f"{where} must be positive and finite")
+    if wanted is int and value < 0:
+        raise ValueError(f"{where} is negative")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known are {sorted(known)}"
+
+
+def _group(where: str, name: str, content: Any, root: str) -> GroupConfig:
+    own = isinstance(content, _Mapping) and "task" in content
+    task = content["task"] if own else name
+    if task not in TASKS:
+        here, what = (_at(where, content, "task"), "task") if own else (where, "key")
+        raise ValueError(
+            f"{here}: unknown {what} {task!r}; {_nearest(str(task), TASKS)} "
+            "(a group of another name needs `task:`)"
+        )
+    group = _checked(where, content, GroupConfig) | {"task": task}
+    if missing := [rule for rule in TASKS[task].rules if rule not in group]:
+        raise ValueError(f"{where}: missing {missing}")
     for key in RULES:
-        rule = _checked(f"{where}.{key}", group[key], ResizeRule)
-        if any(type(value) is not int for value in rule.values()):
-            raise ValueError(f"{where}.{key}: whole numbers are expected, not {rule}")
-        group[key] = ResizeRule(**rule)
-    group["datasets"] = tuple(_dataset(f"{where}.datasets", d, root) for d in datasets)
+        if key in group:
+            here = f"{_at(where, content, key)}.{key}"
+            group[key] = ResizeRule(**_checked(here, group[key], ResizeRule))
+    if not isinstance(group["datasets"], list) or not group["datasets"]:
+        raise ValueError(f"{where}: needs at least one data set")
+    group["datasets"] = tuple(
+        _dataset(f"{where}.datasets", dataset, root) for dataset in group["datasets"]
+    )
     return GroupConfig(**group)
 
 
 def _dataset(where: str, content: Any, root: str) -> DatasetConfig:
     dataset = _checked(where, content, DatasetConfig)
-    used = dataset.get("num_used_data", 0)
-    if not isinstance(used, int) or used < 0:
-        raise ValueError(f"{where}: num_used_data={used!r} is no number of records")
-    for key in ("jsonl_path", "data_dir"):
-        dataset[key] = path = Path(str(dataset[key]).replace("${data_root}", root))
-        if not path.exists():
-            raise ValueError(f"{where}: {key} {path} does not exist")
+    where = _at(where, content, "name")
+    if ("jsonl_path" in dataset) == ("parquet_path" in dataset):
+        raise ValueError(f"{where}: needs jsonl_path or parquet_path")
+    records = dataset.get("jsonl_path", dataset.get("parquet_path"))
+    dataset.setdefault("data_dir", str(records).rpartition("/")[0] or ".")
+    for key in ("jsonl_path", "parquet_path", "data_dir"):
+        if key in dataset:
+            dataset[key] = found = place(str(dataset[key]).replace("${data_root}", root))
+            if not exists(found):
+                raise ValueError(f"{_at(where, content, key)}: {key} {found} does not exist")
     return DatasetConfig(**dataset)

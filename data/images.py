@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +20,7 @@ class ImageError(ValueError):
 
 
 def read_image(path: str | Path | BinaryIO) -> Image.Image:
-    """The RGB image of a file, or of its content held in memory.
+    """The RGB image of a file, or of one that is open or in memory.
 
     Raises ImageError for a missing, damaged or oversized file.
     """
@@ -28,7 +29,7 @@ def read_image(path: str | Path | BinaryIO) -> Image.Image:
         return to_rgb(image)
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
+def image_size(path: str | Path | BinaryIO) -> tuple[int, int]:
     """(width, height) from the header of a file; raises ImageError as `read_image` does."""
     with _opened(path) as image:
         return image.size
@@ -40,10 +41,12 @@ def _opened(path: str | Path | BinaryIO) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
+                raise Image.DecompressionBombError(
+                    f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels"
+                )
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        name = path if isinstance(path, str | Path) else "encoded image"
+        name = "encoded image" if type(path) is BytesIO else path
         raise ImageError(f"{name}: {error}") from error
 
 

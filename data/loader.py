@@ -22,18 +22,22 @@ from modeling.batch import PackedBatch
 from .config import RULES, GroupConfig
 from .packer import PackerConfig
 from .stream import LoaderConfig, Planner
+from .tally import TOO_LONG, Bad, Tally
 from .tokenizer import Tokenizer
+from .transforms import NO_IMAGES
 
 
 class PackedLoader:
     """Iterates this rank's batches without end; `state_dict` / `load_state_dict` resume exactly.
 
     The state is that after the last batch taken, whatever workers have prepared ahead. It is the
-    same on all ranks after as many batches and valid on any number of ranks and workers. Where the
-    data sets hold less than a global batch, the stream wraps: records come again in the next epoch.
+    same on all ranks after as many batches, `damaged` apart (`joined_states`), and valid on any
+    number of ranks and workers. Where the data sets hold less than a global batch, the stream
+    wraps: records come again in the next epoch.
 
-    Taking a batch raises ValueError for what cannot be packed (a RecordError, an ImageError, only
-    samples that are too long), OSError for a file, ChildProcessError for a worker that died.
+    Samples that cannot be used are left out and counted. Taking a batch raises ValueError when
+    these are too many (`max_bad_share`, or one after the other), OSError for a file of records,
+    ChildProcessError for a worker that died.
     """
 
     def __init__(
@@ -47,10 +51,21 @@ class PackedLoader:
     ) -> None:
         self.config, self.packer_config = config, packer_config
         self.rank, self.world_size = rank, world_size
-        self.resize_rules = {name: asdict(getattr(mixture[0], name)) for name in RULES}
-        """Of the first group, as keys of a mixture."""
+        self.resize_rules = {
+            name: asdict(rule)
+            for name in RULES
+            for rule in [getattr(group, name) for group in reversed(mixture)]
+            if rule != NO_IMAGES
+        }
+        """Of the first group that has such images, as keys of a mixture."""
         self.planner = Planner(mixture, config, packer_config, tokenizer)
         """Stands after the last global step whose batch was taken."""
+        self.names = [dataset.name for dataset in self.planner.datasets]
+        self.damaged = Tally.of(len(self.names))
+        """Samples that this rank could not decode; rank 0 also has those of before a resumption."""
+        self._found, self._taken = Tally.of(len(self.names)), Counter[int]()
+        """The same since the start, and the samples it has tried, by data set."""
+        self._told: set[str] = set()
         self._batches: Iterator[Any] | None = None
         records = sum(len(d.records) for d in self.planner.datasets)
         if rank == 0 and records < world_size * max(config.num_workers, 1):
@@ -64,16 +79,23 @@ class PackedLoader:
 
     @property
     def too_long(self) -> int:
-        """Samples of the stream that were dropped, on all ranks."""
-        return self.position - sum(self.planner.packed)
+        """Samples of the stream that were dropped for their length, on all ranks."""
+        return sum(found.get(TOO_LONG, [0])[0] for found in self.planner.skipped.found)
 
     @property
     def counts(self) -> dict[str, int]:
         """Samples packed on all ranks, by the name of their data set."""
         total: Counter[str] = Counter()
-        for dataset, packed in zip(self.planner.datasets, self.planner.packed, strict=True):
-            total[dataset.name] += packed
+        for name, packed in zip(self.names, self.planner.packed, strict=True):
+            total[name] += packed
         return dict(total)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Samples that could not be used, by `data set/reason`; those of the run are the sum over
+        ranks. Samples that could not be decoded are in `counts` too."""
+        planned = self.planner.skipped.by_name(self.names) if self.rank == 0 else {}
+        return self.damaged.by_name(self.names) + Counter(planned)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         while True:
@@ -83,7 +105,7 @@ class PackedLoader:
         if self._batches is None:
             self._batches = self._start()
         try:
-            found, state = next(self._batches)
+            found, state, taken, bad = next(self._batches)
         except RuntimeError as error:
             if not (workers := self.config.num_workers):
                 raise
@@ -96,11 +118,30 @@ class PackedLoader:
             self._batches = None
             raise found
         self.planner.load(state)
+        self._taken.update(taken)
+        for sample in bad:
+            self.damaged.add(sample)
+            self._found.add(sample)
+        self._judge()
         return found
+
+    def _judge(self) -> None:
+        """Tells of every reason once. Raises ValueError when too many samples cannot be used."""
+        # What only decoding shows, a rank judges by what it has decoded.
+        taken, share = [self._taken[i] for i in range(len(self.names))], self.config.max_bad_share
+        for tally, seen in ((self.planner.skipped, self.planner.draws), (self._found, taken)):
+            own = tally is self._found or self.rank == 0
+            for name, found in zip(self.names, tally.found, strict=True):
+                for reason, (_, message) in found.items() if own else ():
+                    if (text := f"WARNING: {name}: {reason}: ") not in self._told:
+                        print(f"{text}{message}. Such samples are left out and counted", flush=True)
+                    self._told.add(text)
+            tally.require_few(self.names, seen, share)
 
     def state_dict(self) -> dict[str, Any]:
         sets = [[d.name, len(d.records)] for d in self.planner.datasets]
-        return {"datasets": sets} | self.planner.state()
+        damaged = Tally(self.damaged.found).found
+        return {"datasets": sets} | self.planner.state() | {"damaged": damaged}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError when the state belongs to another mixture."""
@@ -111,6 +152,7 @@ class PackedLoader:
                 + "; ".join(changed)
             )
         self.planner.load(state)
+        self.damaged = Tally(state["damaged"]) if self.rank == 0 else Tally.of(len(self.names))
         self._batches = None
 
     def _start(self) -> Iterator[Any]:
@@ -133,6 +175,17 @@ class PackedLoader:
         return iter(loader)
 
 
+def joined_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The state of a run, from those of its ranks at one step."""
+    first, *others = states
+    damaged = Tally(first["damaged"])
+    for state in others:
+        for dataset, found in enumerate(state["damaged"]):
+            for reason, (times, message) in found.items():
+                damaged.add(Bad(dataset, reason, message), times)
+    return first | {"damaged": damaged.found}
+
+
 def _end_with_the_trainer(_: int) -> None:
     """In a worker. Torch ends it with its parent, which is the server and outlives a SIGKILL."""
     trainer = multiprocessing.parent_process()
@@ -146,20 +199,23 @@ def _end_with_the_trainer(_: int) -> None:
 
 @dataclass
 class _Packs(IterableDataset):
-    """(batch, state after its global step) of one rank; an error stands in its batch's place."""
+    """Of one rank: batch, state after its global step, data sets of its samples, those that could
+    not be decoded. An error stands in its batch's place."""
 
     planner: Planner
     rank: int
     world_size: int
 
-    def __iter__(self) -> Iterator[tuple[PackedBatch | Exception, dict[str, Any]]]:
+    def __iter__(self) -> Iterator[tuple[PackedBatch | Exception, dict[str, Any], list, list]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         try:
             for step in count():
                 packs = [self.planner.next_pack() for _ in range(self.world_size)]
                 if step % workers == worker:
-                    yield self.planner.decode(packs[self.rank]), self.planner.state()
+                    batch, bad = self.planner.decode(packs[self.rank])
+                    taken = [draw.dataset for draw in packs[self.rank]]
+                    yield batch, self.planner.state(), taken, bad
         except (ValueError, OSError) as error:
             # Raised by the loader, it keeps its type and its one line of text.
-            yield error, {}
+            yield error, {}, [], []

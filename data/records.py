@@ -1,96 +1,150 @@
-"""One JSONL line -> Record. Every error names file and line."""
+"""One line of a JSONL file, or one row of a parquet file -> Record. Errors name file and line."""
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+Size = tuple[int, int]
+"""(width, height)"""
+IMAGE_TAG = "<image>"
 
 
 class RecordError(ValueError):
-    """A bad line; the message starts with `file:line:`."""
+    """A record that cannot be used; the message starts with `file:line:`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """Where a task finds its parts in a record: names of fields, of which the first that is there
+    counts."""
+
+    inputs: tuple[str, ...] = ("input_img", "image", "images")
+    outputs: tuple[str, ...] = ("output_img",)
+    texts: tuple[str, ...] = ("message", "conversations")
+    needs: tuple[str, ...] = ("inputs", "texts")
+    """Parts that must be there."""
+
+
+RESTORATION = Form()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRef:
+    """An image that a record names or, in parquet files, holds."""
+
+    path: str
+    """Relative to the data set's folder; the name in messages where `content` is given."""
+    size: Size | None = None
+    """What the record states."""
+    content: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One restoration sample of a JSONL file."""
+    """One sample of a data set."""
 
     source: str
     """`file:line`, for messages."""
-    input_image: str
-    """Path of the first input image, relative to the data set's folder."""
-    output_image: str | None
-    """Of the first output image, if the line has any."""
-    input_size: tuple[int, int] | None
-    """(width, height) of the input image, if the line states them."""
-    output_size: tuple[int, int] | None
-    instruction: str
-    """The last human message without its `<image>` tags."""
-    assessment: str | None
-    """The last gpt message, if any."""
-    raw: dict[str, Any]
+    inputs: tuple[ImageRef, ...]
+    outputs: tuple[ImageRef, ...]
+    messages: tuple[tuple[str, str], ...]
+    """(`human` or `gpt`, text) in order."""
+    raw: Mapping[str, Any]
     """The line as it was, with what else it says (`main_task_type`, `degrade_type`)."""
 
+    @property
+    def input_image(self) -> str:
+        """Path of the first input image, relative to the data set's folder."""
+        return self.inputs[0].path
 
-def read_records(path: str | Path) -> list[Record]:
-    """All records of a JSONL file; blank lines are allowed.
+    @property
+    def output_image(self) -> str | None:
+        """Of the first output image, if there is any."""
+        return self.outputs[0].path if self.outputs else None
 
-    Raises RecordError (`file:line: reason`) for a bad line or a file without any record,
-    FileNotFoundError without the file.
-    """
-    with Path(path).open("rb") as lines:
-        records = [
-            parse_record(line, f"{path}:{number}")
-            for number, line in enumerate(lines, start=1)
-            if line.strip()
-        ]
-    if not records:
-        raise RecordError(f"{path}:1: no record in the file")
-    return records
+    @property
+    def instruction(self) -> str:
+        """The last human message without its image tags."""
+        return self._last("human") or ""
+
+    @property
+    def assessment(self) -> str | None:
+        """The last gpt message, if any."""
+        return self._last("gpt")
+
+    def _last(self, who: str) -> str | None:
+        said = [text for speaker, text in self.messages if speaker == who]
+        return said[-1].replace(IMAGE_TAG, "").strip() if said else None
 
 
-def parse_record(line: str | bytes, source: str) -> Record:
+def parse_record(line: str | bytes, source: str, form: Form = RESTORATION) -> Record:
     """Raises RecordError when the line is no JSON object or a field is missing or misshapen."""
     try:
         raw = json.loads(line)
         json.dumps(raw, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise RecordError(f"{source}: a lone surrogate is no text: {error}") from error
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deeply
         raise RecordError(f"{source}: no JSON: {error}") from error
     if not isinstance(raw, dict):
         raise RecordError(f"{source}: a JSON object is expected, not {type(raw).__name__}")
-    last = {}
-    for entry in _entries(raw, "message", source, "from", "value"):
-        if entry["from"] not in ("human", "gpt"):
-            raise RecordError(f"{source}: message entry {entry!r} is from neither human nor gpt")
-        last[entry["from"]] = entry["value"].replace("<image>", "").strip()
-    if "human" not in last:
-        raise RecordError(f"{source}: message holds no entry from `human`")
-    degraded = _entries(raw, "input_img", source, "path")[0]
-    clean = _entries(raw, "output_img", source, "path")[0] if "output_img" in raw else {}
-    return Record(
-        source=source,
-        input_image=degraded["path"],
-        output_image=clean.get("path"),
-        input_size=_stated_size(degraded),
-        output_size=_stated_size(clean),
-        instruction=last["human"],
-        assessment=last.get("gpt"),
-        raw=raw,
+    return record_of(raw, source, form)
+
+
+def record_of(raw: Mapping[str, Any], source: str, form: Form = RESTORATION) -> Record:
+    """Raises RecordError when a field that the form names is missing or misshapen."""
+    inputs, outputs, messages = (
+        _entries(raw, getattr(form, part), part in form.needs, source, read)
+        for part, read in (("inputs", _image), ("outputs", _image), ("texts", _message))
     )
+    if "texts" in form.needs and all(who != "human" for who, _ in messages):
+        raise RecordError(f"{source}: {form.texts[0]} holds no entry from `human`")
+    return Record(source=source, inputs=inputs, outputs=outputs, messages=messages, raw=raw)
 
 
-def _stated_size(image: dict[str, Any]) -> tuple[int, int] | None:
+def _entries(
+    raw: Mapping[str, Any],
+    fields: tuple[str, ...],
+    needed: bool,
+    source: str,
+    read: Callable[[Any, str, str], Any],
+) -> tuple[Any, ...]:
+    field = next((name for name in fields if name in raw), fields[0] if needed else "")
+    value = raw.get(field)
+    if not needed and (not field or value == []):
+        return ()
+    if read is _image and isinstance(value, str | bytes | dict):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        expected = "{path}" if read is _image else "{from, value}"
+        raise RecordError(f"{source}: {field} must be a list of {expected}")
+    return tuple(read(entry, field, source) for entry in value)
+
+
+def _message(entry: Any, field: str, source: str) -> tuple[str, str]:
+    known = isinstance(entry, dict) and isinstance(entry.get("value"), str)
+    if not known or not isinstance(entry.get("from"), str):
+        raise RecordError(f"{source}: {field} entry {entry!r:.200} has no texts {{from, value}}")
+    if entry["from"] not in ("human", "gpt"):
+        raise RecordError(f"{source}: {field} entry {entry!r:.200} is from neither human nor gpt")
+    return entry["from"], entry["value"]
+
+
+def _image(entry: Any, field: str, source: str) -> ImageRef:
+    """A path, the bytes of a file, or a mapping with one of them and perhaps the size."""
+    if isinstance(entry, str):
+        entry = {"path": entry}
+    if isinstance(entry, bytes):
+        entry = {"bytes": entry}
+    if isinstance(entry, dict) and isinstance(entry.get("bytes"), bytes):
+        named = f"{source}: {field}"
+        return ImageRef(path=named, size=_stated_size(entry), content=entry["bytes"])
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+        raise RecordError(f"{source}: {field} entry {entry!r:.200} has no texts {{path}}")
+    return ImageRef(path=entry["path"], size=_stated_size(entry))
+
+
+def _stated_size(image: dict[str, Any]) -> Size | None:
     width, height = size = image.get("width", 0), image.get("height", 0)
     return size if all(type(side) is int and side > 0 for side in size) else None
-
-
-def _entries(raw: dict[str, Any], field: str, source: str, *keys: str) -> list[dict[str, Any]]:
-    """The objects of a field, each with a text under all `keys`."""
-    entries, expected = raw.get(field), f"{{{', '.join(keys)}}}"
-    if not isinstance(entries, list) or not entries:
-        raise RecordError(f"{source}: {field} must be a list of {expected}")
-    for entry in entries:
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) for k in keys):
-            raise RecordError(f"{source}: {field} entry {entry!r} has no texts {expected}")
-    return entries

@@ -4,8 +4,12 @@ Sample i of the stream is a function of (seed, i) alone: group, data set, place 
 permutation, dropout, time and noise. Packs are made of samples by their lengths in tokens alone, so
 every rank and every worker plans the same packs and decodes those that are its own. Ranks and
 workers have no part in the plan: a stream resumes exactly on any number of them.
+
+What a record or the header of its image shows to be useless never enters a pack. What only decoding
+shows is left out of its pack by the rank that has it, and the plan stays as it is.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,12 +19,17 @@ import torch
 from modeling.batch import PackedBatch
 
 from .config import DatasetConfig, GroupConfig
+from .files import Place
+from .images import ImageError
 from .packer import Packer, PackerConfig
-from .records import read_records
-from .tasks import RestorationTask
+from .records import RecordError
+from .sources import Records
+from .tally import TOO_LONG, Bad, Tally, reason_of
+from .tasks import Task
 from .tokenizer import Tokenizer
 
-MAX_DROPPED_IN_A_ROW = 100
+MAX_SKIPPED_IN_A_ROW = 100
+MAY_BE_ZERO = ("data_seed", "max_buffer_size", "num_workers", "max_bad_share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +45,9 @@ class LoaderConfig:
     """While a pack holds fewer tokens, samples that wait in the buffer come first."""
     max_buffer_size: int = 50
     """Samples that may wait; one more that does not fit closes the pack. 0 keeps the order."""
+    max_bad_share: float = 0.01
+    """A run ends once more samples of a data set cannot be used, for other reasons than their
+    length, and they are at least `tally.MIN_BAD`."""
     num_workers: int = 1
     """Processes per rank that decode images; 0 decodes in the training process."""
     prefetch_factor: int = 2
@@ -45,9 +57,11 @@ class LoaderConfig:
         for name in ("max_num_tokens_per_sample", "expected_num_tokens"):
             if (value := getattr(self, name)) > self.max_num_tokens:
                 raise ValueError(f"{name}={value} exceeds max_num_tokens={self.max_num_tokens}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share={self.max_bad_share} is no share in [0, 1]")
         for name, value in vars(self).items():
             # The buffer is tried by an empty pack at least, or its samples would wait for ever.
-            least = int(name not in ("data_seed", "max_buffer_size", "num_workers"))
+            least = int(name not in MAY_BE_ZERO)
             if value < least:
                 raise ValueError(f"{name}={value} is less than {least}")
 
@@ -58,35 +72,46 @@ class Draw(NamedTuple):
     dataset: int
     record: int
     seed: int
-    """Of its dropout, times and noise."""
+    """Of its choices, dropout, times and noise."""
+    tokens: int
+    """Without any dropout."""
 
 
 class Dataset:
     """Samples of one data set, its records in an order that changes every epoch."""
 
     def __init__(
-        self, config: DatasetConfig, task: RestorationTask, packing: PackerConfig, seed: int
+        self, config: DatasetConfig, records: Records, task: Task, packing: PackerConfig, seed: int
     ) -> None:
-        self.name, self.folder = config.name, config.data_dir
-        self.task, self.packing, self.seed = task, packing, seed
-        self.records = read_records(config.jsonl_path)[: config.num_used_data or None]
+        self.name, self.records, self.task = config.name, records, task
+        self.folder: Place = config.data_dir
+        self.packing, self.seed = packing, seed
         # Shared with the workers: what one of them has measured costs the others nothing.
-        self._lengths = torch.zeros(len(self.records), dtype=torch.int32).share_memory_()
+        self._lengths = torch.zeros(len(records), dtype=torch.int32).share_memory_()
         self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the order, which a worker makes itself sooner than it could be sent."""
+        return vars(self) | {"_epoch": -1, "_order": np.zeros(0, dtype=np.int64)}
 
     def record_of(self, draw: int) -> int:
         """Index of the record that the `draw`-th draw from this set takes."""
         epoch, place = divmod(draw, len(self.records))
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            self._epoch, self._order = epoch, rng.permutation(len(self.records))
+            self._epoch, self._order = epoch, self.records.order(rng)
         return int(self._order[place])
 
-    def length(self, record: int) -> int:
-        """Tokens of a record without any dropout; its images are not decoded."""
+    def length(self, record: int, seed: int) -> int:
+        """Tokens of a record without any dropout; its images are not decoded.
+
+        Raises RecordError and ImageError when it cannot be used.
+        """
         if not (known := int(self._lengths[record])):
-            known = self.packing.num_tokens(self.task.outline(self.records[record], self.folder))
-            self._lengths[record] = known
+            outline = self.task.outline(self.records[record], self.folder, seed)
+            known = self.packing.num_tokens(outline)
+            if not self.task.chooses:
+                self._lengths[record] = known
         return known
 
 
@@ -103,82 +128,137 @@ class Planner:
         self.config, self.packing, self.special = config, packing, tokenizer.special
         self.datasets: list[Dataset] = []
         weights: list[float] = []
+        mandatory: list[range] = []
         for group in mixture:
-            task = RestorationTask(
-                tokenizer, group.image_transform_args, group.vit_image_transform_args
-            )
+            task = group.make_task(tokenizer)
             task.require_strides(packing.latent_stride, packing.vit_patch_size)
-            first_seed = config.data_seed + len(self.datasets)
-            sets = [Dataset(d, task, packing, first_seed + i) for i, d in enumerate(group.datasets)]
-            # A group's share is its weight; inside a group every record is equally likely.
-            sizes = [len(d.records) for d in sets]
+            first = len(self.datasets)
+            for dataset in group.datasets:
+                seed = config.data_seed + len(self.datasets)
+                records = group.open_records(dataset)
+                self.datasets.append(Dataset(dataset, records, task, packing, seed))
+            # A group's share is its weight; inside, a record's chance is the weight of its set.
+            sizes = [
+                dataset.weight * len(opened.records)
+                for dataset, opened in zip(group.datasets, self.datasets[first:], strict=True)
+            ]
             weights += [group.weight * size / sum(sizes) for size in sizes]
-            self.datasets += sets
+            if group.is_mandatory:
+                mandatory.append(range(first, len(self.datasets)))
         self.shares = np.array(weights) / np.sum(weights)
+        self.mandatory = [self._shares_of(sets) for sets in mandatory]
+        """Of each group that every pack begins with."""
         self.draws, self.packed = [0] * len(weights), [0] * len(weights)
+        self.skipped = Tally.of(len(weights))
         self.buffer: list[Draw] = []
 
+    def _shares_of(self, sets: range) -> np.ndarray:
+        kept = np.where(np.isin(np.arange(len(self.shares)), sets), self.shares, 0)
+        return kept / kept.sum()
+
     def next_pack(self) -> list[Draw]:
-        """Raises ValueError when samples keep being too long for a pack."""
+        """Raises ValueError when sample after sample cannot be used."""
         pack: list[Draw] = []
-        tokens = 0
-        while tokens < self.config.expected_num_tokens:
-            if (draw := self._next_that_fits(tokens)) is None:
+        tokens, first = 0, iter(self.mandatory)
+        while (shares := next(first, None)) is not None or tokens < self.config.expected_num_tokens:
+            draw = self._next_that_fits(tokens, self.shares if shares is None else shares)
+            if draw is None:
                 break
             pack.append(draw)
-            tokens += self._length(draw)
+            tokens += draw.tokens
             self.packed[draw.dataset] += 1
         return pack
 
-    def decode(self, pack: list[Draw]) -> PackedBatch:
-        packer = Packer(self.packing, self.special)
+    def decode(self, pack: list[Draw]) -> tuple[PackedBatch, list[Bad]]:
+        """The batch of a pack, without its samples that cannot be decoded.
+
+        If that is all of them, other records of their data set stand in. Raises ValueError when
+        these cannot be decoded either.
+        """
+        packer, bad = Packer(self.packing, self.special), list[Bad]()
         for draw in pack:
-            dataset = self.datasets[draw.dataset]
-            sample = dataset.task.sample(dataset.records[draw.record], dataset.folder)
-            packer.add(sample, torch.Generator().manual_seed(draw.seed))
-        return packer.build()
+            self._add(packer, draw, bad)
+        reserve = self._reserve(pack[0])
+        while bad and not packer.num_tokens:
+            if (stand_in := next(reserve, None)) is None:
+                text = f"{len(bad)} samples in a row cannot be decoded; the last"
+                raise ValueError(f"{text}: {bad[-1].message}")
+            self._add(packer, stand_in, bad)
+        return packer.build(), bad
+
+    def _add(self, packer: Packer, draw: Draw, bad: list[Bad]) -> None:
+        dataset = self.datasets[draw.dataset]
+        try:
+            record = dataset.records[draw.record]
+            sample = dataset.task.sample(record, dataset.folder, draw.seed)
+        except (RecordError, ImageError) as error:
+            bad.append(Bad(draw.dataset, reason_of(error), str(error)))
+            return
+        packer.add(sample, torch.Generator().manual_seed(draw.seed))
+
+    def _reserve(self, draw: Draw) -> Iterator[Draw]:
+        """Samples for the place of one; a function of that draw alone, so that the stream does not
+        depend on who decodes."""
+        rng, dataset = np.random.default_rng(draw.seed), self.datasets[draw.dataset]
+        for _ in range(MAX_SKIPPED_IN_A_ROW):
+            record, seed = int(rng.integers(len(dataset.records))), int(rng.integers(2**62))
+            found = self._measured(draw.dataset, record, seed)
+            if isinstance(found, Draw):
+                yield found
 
     def state(self) -> dict[str, Any]:
-        """Draws from each data set, samples of it that were packed, and the samples that wait."""
-        buffer = [list(draw) for draw in self.buffer]
-        return {"draws": [*self.draws], "packed": [*self.packed], "buffer": buffer}
+        """Draws from each data set, samples of it that were packed or skipped, and those that
+        wait."""
+        return {
+            "draws": [*self.draws],
+            "packed": [*self.packed],
+            "skipped": Tally(self.skipped.found).found,
+            "buffer": [list(draw) for draw in self.buffer],
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         self.draws, self.packed = [*state["draws"]], [*state["packed"]]
+        self.skipped = Tally(state["skipped"])
         self.buffer = [Draw(*draw) for draw in state["buffer"]]
 
-    def _next_that_fits(self, tokens: int) -> Draw | None:
+    def _next_that_fits(self, tokens: int, shares: np.ndarray) -> Draw | None:
         """The next sample of a pack that holds `tokens`; None closes the pack."""
-        config, dropped = self.config, 0
-        room, longest = config.max_num_tokens - tokens, config.max_num_tokens_per_sample
+        config, skipped = self.config, 0
+        room = config.max_num_tokens - tokens
         if tokens < config.prefer_buffer_before:
             for place, waiting in enumerate(self.buffer):
-                if self._length(waiting) <= room:
+                if waiting.tokens <= room and shares[waiting.dataset]:
                     return self.buffer.pop(place)
-        while dropped < MAX_DROPPED_IN_A_ROW:
-            draw = self._draw()
-            length = self._length(draw)
-            if length > longest:
-                dropped += 1
-            elif length > room:
-                if len(self.buffer) >= config.max_buffer_size:
-                    return None
-                self.buffer.append(draw)
-                dropped = 0
-            self.draws[draw.dataset] += 1
-            if length <= min(room, longest):
-                return draw
-        raise ValueError(
-            f"{dropped} samples in a row exceed max_num_tokens_per_sample={longest} "
-            f"(the last has {length} tokens)"
-        )
+        while skipped < MAX_SKIPPED_IN_A_ROW:
+            found = self._draw(shares)
+            fits = isinstance(found, Draw) and found.tokens <= room
+            if isinstance(found, Draw) and not fits and len(self.buffer) >= config.max_buffer_size:
+                return None
+            self.draws[found.dataset] += 1
+            if isinstance(found, Bad):
+                self.skipped.add(found)
+                skipped += 1
+            elif fits:
+                return found
+            else:
+                self.buffer.append(found)
+                skipped = 0
+        raise ValueError(f"{skipped} samples in a row cannot be used; the last: {found[-1]}")
 
-    def _draw(self) -> Draw:
+    def _draw(self, shares: np.ndarray) -> Draw | Bad:
         """The next sample of the stream; it stays the next until it is counted in `draws`."""
         rng = np.random.default_rng([self.config.data_seed, sum(self.draws)])
-        chosen = int(rng.choice(len(self.datasets), p=self.shares))
+        chosen = int(rng.choice(len(self.datasets), p=shares))
         record = self.datasets[chosen].record_of(self.draws[chosen])
-        return Draw(chosen, record, int(rng.integers(2**62)))
+        return self._measured(chosen, record, int(rng.integers(2**62)))
 
-    def _length(self, draw: Draw) -> int:
-        return self.datasets[draw.dataset].length(draw.record)
+    def _measured(self, chosen: int, record: int, seed: int) -> Draw | Bad:
+        dataset, longest = self.datasets[chosen], self.config.max_num_tokens_per_sample
+        try:
+            tokens = dataset.length(record, seed)
+        except (RecordError, ImageError) as error:
+            return Bad(chosen, reason_of(error), str(error))
+        if tokens > longest:
+            text = f"{tokens} tokens exceed max_num_tokens_per_sample={longest}"
+            return Bad(chosen, TOO_LONG, f"{dataset.records[record].source}: {text}")
+        return Draw(chosen, record, seed, tokens)

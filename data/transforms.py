@@ -8,6 +8,9 @@ from torch import Tensor
 
 from .images import to_pm1, to_rgb
 
+RULES = ("image_transform_args", "vit_image_transform_args")
+"""Keys of the resize rules: of the autoencoder's and of the ViT's images."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResizeRule:
@@ -51,3 +54,7 @@ class ResizeRule:
         if size != image.size:
             image = image.resize(size, Image.Resampling.BICUBIC)
         return to_pm1(image)
+
+
+NO_IMAGES = ResizeRule(image_stride=1, max_image_size=1, min_image_size=1)
+"""Stands where a task has no images of a kind."""

@@ -305,7 +305,7 @@ def packs_by_number(kinds: tuple[str, ...], dtype: torch.dtype = torch.float32) 
 
     changes = {
         "__iter__": packs,
-        "state_dict": lambda self: {"packs": self.number},
+        "state_dict": lambda self: {"packs": self.number, "damaged": []},
         "load_state_dict": load,
     }
     for name, change in changes.items():

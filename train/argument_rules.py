@@ -45,7 +45,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (r"(ce|mse|\w+_loss)_weight", lambda x: 0 <= x < math.inf, "must be a number from 0 on"),
     (r"\w+_cond_dropout_prob|lora_dropout", lambda p: 0 <= p <= 1, "is no probability"),
-    (r"\w+_fraction", lambda share: 0 <= share <= 1, "is no share in [0, 1]"),
+    (r"\w+_fraction|max_bad_share", lambda share: 0 <= share <= 1, "is no share in [0, 1]"),
     (r"\w+_loss_max_t", lambda t: 0 < t <= 1, "is not in (0, 1]"),
     ("beta1|beta2", lambda x: 0 <= x < 1, "is not in [0, 1)"),
     ("ema", lambda x: 0 <= x < 1, "is no decay in [0, 1)"),

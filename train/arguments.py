@@ -90,6 +90,9 @@ class DataArguments:
     """Tokens that no pack exceeds."""
     max_num_tokens_per_sample: int = 16384
     """Tokens; longer samples are dropped and counted."""
+    max_bad_share: float = 0.01
+    """Share of a data set's samples that may be unusable (bad line, unreadable image); more end the
+    run. They are left out and counted by reason."""
     prefer_buffer_before: int = 16384
     """Tokens; a smaller pack takes samples that did not fit into an earlier one first."""
     max_buffer_size: int = 50

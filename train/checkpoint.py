@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.loader import joined_states
 from modeling.pretrained import (
     MANIFEST,
     PREPROCESSOR_FILE,
@@ -257,12 +258,15 @@ class Saver:
         return None
 
     def _rest(self) -> Callable[[Path], None]:
-        """Writes all but the tensors of `snapshot`; the state is that of now."""
+        """Writes all but the tensors of `snapshot`; the state is that of now.
+
+        All ranks have to ask for it.
+        """
         trainer = self.trainer
         state = {
             "step": trainer.step,
             "updates": trainer.backend.steps(),
-            "loader": trainer.loader.state_dict(),
+            "loader": joined_states(all_gather(trainer.loader.state_dict())),
             "steps_without": dict(trainer.telemetry.steps_without),
             "guard": trainer.guard.state_dict(),
         }

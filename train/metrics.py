@@ -3,7 +3,7 @@
 import json
 import resource
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -95,6 +95,7 @@ class Metrics:
         self.counts: dict[str, float] = {}
         self.largest: dict[str, Tensor] = {}
         self.totals: dict[str, float] = defaultdict(float)
+        self.over_ranks: dict[str, float] = {}
         self.start = time.perf_counter()
         self.waited = 0.0
         if torch.cuda.is_initialized():
@@ -116,6 +117,10 @@ class Metrics:
         """
         for name, value in totals.items():
             self.totals[name] += value
+
+    def add_sums(self, sums: Mapping[str, float]) -> None:
+        """The line shows them as they are, added up over ranks, also if some have none."""
+        self.over_ranks |= sums
 
     @contextmanager
     def wait(self) -> Iterator[None]:
@@ -144,8 +149,10 @@ class Metrics:
         seconds = time.perf_counter() - self.start
         averages["data_wait_share"] = (self.waited, seconds)
         sums, counts, totals = (defaultdict[str, float](float) for _ in range(3))
-        ranks = all_gather((averages, dict(self.totals), _memory_gb()))
-        for found, own_totals, _ in ranks:
+        over_ranks: Counter[str] = Counter()
+        ranks = all_gather((averages, dict(self.totals), self.over_ranks, _memory_gb()))
+        for found, own_totals, own_sums, _ in ranks:
+            over_ranks.update(own_sums)
             for name, (total, count) in found.items():
                 sums[name] += total
                 counts[name] += count
@@ -155,13 +162,13 @@ class Metrics:
         line = {name: total / counts[name] for name, total in sums.items() if counts[name] > 0}
         if weighted := [line[name] for name in line if name.endswith("_weighted")]:
             line["loss_total"] = sum(weighted)
-        line |= {name: total / steps for name, total in totals.items()}
+        line |= {name: total / steps for name, total in totals.items()} | over_ranks
         # Largest values are those of all ranks already.
         line |= {name: float(value) for name, value in self.largest.items()}
         line |= self._speed(
             sums["tokens"] + totals["tokens"], totals["model_flops"], seconds, steps
         )
-        line["memory_gb"] = max(memory for _, _, memory in ranks)
+        line["memory_gb"] = max(memory for *_, memory in ranks)
         self.last_step = step
         self._write(step, line)
         self._reset()

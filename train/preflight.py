@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from data.config import load_mixture
+from data.config import DatasetConfig, GroupConfig, load_mixture
 from data.loader import PackedLoader
-from data.records import read_records
+from data.records import RecordError
 from modeling.bagel.bagel import Bagel
 from modeling.batch import PackedBatch
 from modeling.pretrained import MANIFEST, LoadReport, read_json, verify_manifest
@@ -33,6 +33,8 @@ from .memory import OFFLOADED, static_memory, step_memory
 from .optim import base_lr, frozen_by, group_of
 
 PACKS = 10
+CHECKED_RECORDS = 10_000
+"""Of each data set."""
 HASHED_BYTES = 100 * 2**20
 """Larger files are not hashed."""
 
@@ -96,8 +98,7 @@ def examine(args: RunArguments) -> Findings:
     found.attempt(find_other_files, found)
     if found.has("model"):
         found.attempt(find_packs, found)
-    if not found.has("loader"):
-        found.attempt(read_every_data_set, found)
+    found.attempt(read_every_data_set, found)
     found.problems = list(dict.fromkeys(found.problems))
     return found
 
@@ -158,19 +159,30 @@ def find_packs(found: Findings) -> None:
         if takes_optimizer(found.folder, found.args.training):
             trained = [n for n, p in found.model.named_parameters() if p.requires_grad]
             found.attempt(saved_moments, found.folder, trained, True)
-    for dataset in found.loader.planner.datasets:
-        for record in dataset.records:
-            if record.output_image is None:
-                raise ValueError(f"{record.source}: restoration needs output_img")
     found.packs = [found.loader.next_batch() for _ in range(PACKS)]
 
 
 def read_every_data_set(found: Findings) -> None:
+    """The first records of each, without their images."""
     data = found.args.data
-    if data.dataset_config_file is not None:
-        for group in load_mixture(data.dataset_config_file, data.data_root):
-            for dataset in group.datasets:
-                found.attempt(read_records, dataset.jsonl_path)
+    if data.dataset_config_file is None:
+        return
+    for group in load_mixture(data.dataset_config_file, data.data_root):
+        for dataset in group.datasets:
+            found.attempt(read_first_records, group, dataset, data.max_bad_share)
+
+
+def read_first_records(group: GroupConfig, dataset: DatasetConfig, share: float) -> None:
+    """Raises ValueError when too many of them are bad."""
+    records, bad = group.open_records(dataset), Counter[str]()
+    checked = min(len(records), CHECKED_RECORDS)
+    for number in range(checked):
+        try:
+            records[number]
+        except RecordError as error:
+            bad[str(error)] += 1
+    if bad.total() > share * checked:
+        raise ValueError(f"{next(iter(bad))} ({bad.total()} of {checked} records are bad)")
 
 
 def of_run_folder(found: Findings) -> Iterator[str]:
@@ -233,6 +245,7 @@ def of_packs(found: Findings) -> Iterator[str]:
     longest = max(max(p.sample_lens) for p in packs)
     yield f"{answers} answer tokens in {sum(samples)} samples, the longest of {longest} tokens"
     yield f"{found.loader.too_long} samples dropped: longer than max_num_tokens_per_sample"
+    yield from (f"{n} samples left out: {name}" for name, n in found.loader.skipped.items())
     shift = found.model.config.timestep_shift
     images = [vae for vae in (p.vae for p in packs) if vae is not None]
     drawn = [zip(vae.times(shift), vae.is_target, strict=True) for vae in images]

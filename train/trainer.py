@@ -106,6 +106,7 @@ class Trainer:
         for name, count in self.loader.counts.items():
             metrics.add(f"samples/{name}", count)
         metrics.add("total_samples", sum(self.loader.counts.values()))
+        metrics.add_sums({f"skipped/{name}": n for name, n in self.loader.skipped.items()})
         self.telemetry.end_window(metrics.log(self.step))
 
     def train_step(self, batches: Iterator[PackedBatch], metrics: Metrics) -> None:

@@ -21,11 +21,13 @@ import torch
 from PIL import Image
 
 from data.config import GroupConfig
-from data.images import read_image, to_uint8
+from data.files import Place
+from data.images import to_uint8
 from data.packer import Segment, TextSegment
-from data.records import Record, read_records
+from data.records import Record
 from data.scores import PSNR_OF_EQUAL_IMAGES, references, scores
-from data.tasks import RestorationTask, filled
+from data.sources import good_records
+from data.tasks import RestorationTask, filled, open_image
 from data.tokenizer import Tokenizer
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.context import Context
@@ -72,16 +74,18 @@ class Pair:
 def first_pairs(mixture: Sequence[GroupConfig], tokenizer: Tokenizer, count: int) -> list[Pair]:
     """The first records with a true image, taken from the tasks in turn: `count` in all.
 
-    A task is a record's `main_task_type`, without one its data set.
+    A task is a record's `main_task_type`, without one its data set. Groups of other tasks than
+    restoration have no pairs.
     """
-    found: dict[str, list[tuple[Record, Path, RestorationTask]]] = defaultdict(list)
+    found: dict[str, list[tuple[Record, Place, RestorationTask]]] = defaultdict(list)
     for group in mixture:
-        rules = group.image_transform_args, group.vit_image_transform_args
-        prompts = RestorationTask(tokenizer, *rules)
+        prompts = group.make_task(tokenizer)
+        if not isinstance(prompts, RestorationTask):
+            continue
         for dataset in group.datasets:
-            for record in read_records(dataset.jsonl_path)[: dataset.num_used_data or None]:
+            for record in good_records(group.open_records(dataset)):
                 task = str(record.raw.get("main_task_type") or dataset.name)
-                if record.output_image is not None and len(found[task]) < count:
+                if len(found[task]) < count:
                     found[task].append((record, dataset.data_dir, prompts))
     in_turn = chain.from_iterable(zip_longest(*([(t, *x) for x in f] for t, f in found.items())))
     return [
@@ -89,8 +93,8 @@ def first_pairs(mixture: Sequence[GroupConfig], tokenizer: Tokenizer, count: int
             task,
             prompts,
             record,
-            read_image(folder / record.input_image),
-            read_image(folder / str(record.output_image)),
+            open_image(folder, record.inputs[0]),
+            open_image(folder, record.outputs[0]),
         )
         for task, record, folder, prompts in islice(filter(None, in_turn), count)
     ]

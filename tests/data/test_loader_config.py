@@ -10,7 +10,6 @@ import torch
 import yaml
 
 from data.config import load_mixture
-from data.images import ImageError
 from data.loader import LoaderConfig, PackedLoader
 from data.tokenizer import Tokenizer
 from modeling.batch import PackedBatch
@@ -161,7 +160,8 @@ def test_samples_that_are_too_long_are_dropped_and_counted(checkpoint, mixture):
 
 def test_nothing_but_long_samples_is_an_error_and_some_are_not(checkpoint, mixture):
     with pytest.raises(
-        ValueError, match="100 samples in a row exceed max_num_tokens_per_sample=20"
+        ValueError,
+        match=r"100 samples in a row .*jsonl:\d: \d\d tokens exceed max_num_tokens_per_sample",
     ):
         loader(checkpoint, mixture, max_num_tokens_per_sample=20).next_batch()
     sizes = {"max_num_tokens_per_sample": 60, "expected_num_tokens": 5600, "max_num_tokens": 6000}
@@ -183,14 +183,6 @@ def test_limits_that_cannot_be_met():
     ):
         with pytest.raises(ValueError, match=f"{name}={value} {message}"):
             LoaderConfig(**(SIZES | {name: value}))
-
-
-def test_an_unreadable_image_is_named(checkpoint, tmp_path):
-    write_pairs(tmp_path / "pairs", 1)
-    (tmp_path / "pairs" / "images" / "0_clean.png").write_bytes(b"no image")
-    path = write_mixture(tmp_path / "mixture.yaml", tmp_path / "pairs")
-    with pytest.raises(ImageError, match=r"images/0_clean.png"):
-        loader(checkpoint, path).next_batch()
 
 
 def test_a_mixture(tmp_path):
@@ -225,7 +217,7 @@ def test_a_mixture(tmp_path):
         (lambda m: m["restoration"].update(zzz=1), "unknown key 'zzz'; known are ['datasets'"),
         (lambda m: m["restoration"].pop("datasets"), "restoration: missing ['datasets']"),
         (lambda m: m["restoration"].update(datasets=[]), "at least one data set"),
-        (lambda m: m["restoration"].update(weight=0), "positive weight"),
+        (lambda m: m["restoration"].update(weight=0), "weight=0 must be positive"),
         (
             lambda m: m["restoration"]["image_transform_args"].update(max_imgae_size=1),
             "restoration.image_transform_args: unknown key 'max_imgae_size'; did you mean 'max_im",
@@ -252,4 +244,127 @@ def test_mistakes_in_a_mixture_are_named(tmp_path, edit, message):
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         load_mixture(path)
-    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).startswith(f"{path}:")
+
+
+def test_mistakes_are_found_in_their_line(tmp_path):
+    write_pairs(tmp_path, 1)
+    rules = "".join(f"  {name}: {rule}\n" for name, rule in RULES.items())
+    texts = {
+        3: f"a:\n  task: restoration\n  wieght: 2\n{rules}  datasets: []\n",
+        5: f"restoration:\n{rules}  datasets:\n    - {{name: d, jsonl_pth: train.jsonl}}\n",
+        6: f"restoration:\n{rules}  datasets:\n    - name: d\n      jsonl_path: no.jsonl\n",
+        7: f"restoration:\n{rules}  datasets: [{{name: d}}]\n\n\nrestoration: 3\n",
+        2: f"a:\n  task: restration\n{rules}  datasets: []\n",
+        1: f"a:\n{rules}  datasets: []\n",
+    }
+    told = {
+        3: "a: unknown key 'wieght'; did you mean 'weight'?",
+        5: "restoration.datasets: unknown key 'jsonl_pth'; did you mean 'jsonl_path'?",
+        6: "restoration.datasets: jsonl_path no.jsonl does not exist",
+        7: "'restoration' stands in line 1 already",
+        2: "a: unknown task 'restration'; did you mean 'restoration'?",
+        1: "a: unknown key 'a'; known are [",
+    }
+    for line, text in texts.items():
+        (path := tmp_path / "mixture.yaml").write_text(text)
+        with pytest.raises(ValueError) as caught:
+            load_mixture(path)
+        found = str(caught.value)
+        assert told[line] in found
+        assert f"{path}:{line}: " in found or f"line {line}," in found, (line, found)
+
+
+def test_groups_by_name_task_and_old_class(tmp_path):
+    write_pairs(tmp_path, 1)
+    dataset = {"name": "d", "jsonl_path": "${data_root}/train.jsonl"}
+    keys = {
+        "is_mandatory": True,
+        "shuffle_lines": True,
+        "shuffle_seed": 3,
+        "weight": 0.5,
+        "datasets": [dataset | {"weight": 2}],
+    }
+    vit = {"vit_image_transform_args": RULES["vit_image_transform_args"]}
+    content = {
+        "MedicalImageEditingIterableDataset_ver1": RULES | keys,
+        "more": RULES | keys | {"task": "restoration"},
+        "SftJSONLIterableDataset_TextOnly": {"datasets": [dataset]},
+        "vlm_sft": vit | {"datasets": [dataset]},
+    }
+    (path := tmp_path / "mixture.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    old, more, text, vlm = load_mixture(path)
+    assert dataclasses.replace(more, task=old.task) == old
+    assert (old.is_mandatory, old.shuffle_lines, old.shuffle_seed, old.weight) == (
+        True,
+        True,
+        3,
+        0.5,
+    )
+    assert old.datasets[0].weight == 2 and old.datasets[0].data_dir == tmp_path
+    assert (text.task, vlm.task) == ("SftJSONLIterableDataset_TextOnly", "vlm_sft")
+    for name, needed in (("vlm_sft", "vit_"), ("text_to_image", ""), ("restoration", "")):
+        path.write_text(yaml.safe_dump({name: {"datasets": [dataset]}}))
+        with pytest.raises(ValueError, match=rf"{name}: missing \['{needed}image_transform_args"):
+            load_mixture(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("is_mandatory", 1, "is_mandatory=1 is no bool"),
+        ("weight", True, "weight=True is no float"),
+        ("weight", float("inf"), "must be positive and finite"),
+        ("shuffle_seed", -1, "is negative"),
+        ("shuffle_seed", 1.5, "is no int"),
+        ("datasets", [{"name": "d"}], "needs jsonl_path or parquet_path"),
+        ("datasets", [{"name": 5, "jsonl_path": "x"}], "name=5 is no str"),
+    ],
+)
+def test_values_of_another_type_are_refused(tmp_path, key, value, message):
+    write_pairs(tmp_path, 1)
+    path = write_mixture(tmp_path / "mixture.yaml", tmp_path, **{key: value})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_mixture(path)
+
+
+def test_a_mandatory_group_begins_every_pack(checkpoint, three_sets, tmp_path):
+    path = write_mixture(tmp_path / "mixture.yaml", three_sets[0], weight=1e-9, is_mandatory=True)
+    content = yaml.safe_load(path.read_text())
+    second = write_mixture(tmp_path / "x.yaml", three_sets[2], weight=1)
+    content["others"] = yaml.safe_load(second.read_text())["restoration"] | {"task": "restoration"}
+    path.write_text(yaml.safe_dump(content, sort_keys=True))
+    packs = loader(checkpoint, path, max_num_tokens=170, max_buffer_size=3)
+    first = [d.name for d in packs.planner.datasets].index("one")
+    for _ in range(20):
+        pack = packs.planner.next_pack()
+        assert [draw.dataset == first for draw in pack] == [True, *[False] * (len(pack) - 1)]
+    assert packs.planner.packed[first] == 20
+
+
+def test_weights_of_data_sets_and_a_shuffle_before_the_cut(checkpoint, three_sets, tmp_path):
+    path = write_mixture(tmp_path / "mixture.yaml", *three_sets[1:])
+    content = yaml.safe_load(path.read_text())
+    content["restoration"]["datasets"][0] |= {"weight": 2.0, "num_used_data": 3}
+    taken = set()
+    for seed in range(4):
+        content["restoration"] |= {"shuffle_lines": True, "shuffle_seed": seed}
+        path.write_text(yaml.safe_dump(content))
+        planner = loader(checkpoint, path).planner
+        assert planner.shares.tolist() == pytest.approx([0.6, 0.4])  # 2 x 3 records, 1 x 4
+        records = planner.datasets[0].records
+        taken.add(tuple(records[i].source.rpartition(":")[2] for i in range(len(records))))
+    assert len(taken) > 1 and all(len(set(lines)) == 3 for lines in taken)
+    assert all(1 <= int(line) <= 6 for lines in taken for line in lines)
+
+
+def test_an_anchor_may_be_merged_and_overridden(tmp_path):
+    write_pairs(tmp_path, 1)
+    rules = "".join(f"  {name}: {rule}\n" for name, rule in RULES.items())
+    sets = "  datasets: [{name: d, jsonl_path: train.jsonl}]\n"
+    second = "second:\n  <<: *first\n  task: editing\n  weight: 3\n"
+    text = f"restoration: &first\n{rules}{sets}{second}"
+    text = text.replace("train.jsonl", str(tmp_path / "train.jsonl"))
+    (path := tmp_path / "mixture.yaml").write_text(text)
+    first, other = load_mixture(path)
+    assert other == dataclasses.replace(first, task="editing", weight=3)

@@ -247,8 +247,8 @@ def test_restoration_of_several_images_takes_the_first(tokenizer, tmp_path):
 def test_restoration_without_a_clean_image(tokenizer, tmp_path):
     record = json.loads(write_pairs(tmp_path, 1).read_text())
     del record["output_img"]
-    with pytest.raises(RecordError, match=r"f:1: restoration needs output_img"):
-        restoration_task(tokenizer).sample(parse_record(json.dumps(record), "f:1"), tmp_path)
+    with pytest.raises(RecordError, match=r"f:1: output_img must be a list of {path}"):
+        parse_record(json.dumps(record), "f:1", RestorationTask.form)
 
 
 def test_rules_that_do_not_fit_the_model(tokenizer):

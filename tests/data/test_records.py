@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from data.records import RecordError, read_records
+from data.records import Record, RecordError
+from data.sources import JsonlRecords
 
 GOOD: dict[str, Any] = {
     "input_img": [{"path": "a.png", "height": 4, "width": 4}],
@@ -25,6 +26,10 @@ def written(path: Path, *lines: str | bytes) -> Path:
     encoded = [line.encode() if isinstance(line, str) else line for line in lines]
     path.write_bytes(b"\n".join(encoded) + b"\n")
     return path
+
+
+def read_records(path: Path) -> list[Record]:
+    return list(JsonlRecords(path))
 
 
 def test_a_good_line(tmp_path):
@@ -49,7 +54,7 @@ def test_the_last_messages_count_and_optional_fields_may_be_absent(tmp_path):
         read_records(path)
     (record_,) = read_records(written(path, json.dumps(record)))
     assert (record_.instruction, record_.assessment) == ("three", "two")
-    assert record_.output_image is None
+    assert record_.output_image is None and record_.outputs == ()
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_what_a_run_needs_beside_weights_and_data_is_looked_for(page, tmp_path):
     assert code == 1 and f"cannot write to {tmp_path}/file" in told
     assert "none.yaml: there is no such file" in told
     assert "ds_config_file=none.json: there is no such file" in told
-    assert f"{path}:12: restoration needs output_img" in told
+    assert f"{path}:12: output_img must be a list of {{path}} (1 of 12 records are bad)" in told
 
 
 def test_a_run_that_would_continue(page, checkpoint, mixture, tmp_path):

@@ -1,0 +1,159 @@
+"""Records of a file, indexed when it is opened and read when they are drawn.
+
+What is kept of a JSONL file is the place of every line, of a parquet file the place of every row
+group. Both stay in shared memory or are small, so workers get them for nothing.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import torch
+
+from .files import Place, files_of, open_binary
+from .records import RESTORATION, Form, Record, RecordError, parse_record, record_of
+
+BLOCK_BYTES = 2**24
+
+
+class Records(Protocol):
+    """A file's records by number; one that cannot be used raises RecordError when it is read."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Record: ...
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        """All numbers in a random order that is quick to read."""
+
+
+def good_records(records: Records) -> Iterator[Record]:
+    """All that can be read, in the order of the file."""
+    for index in range(len(records)):
+        with suppress(RecordError):
+            yield records[index]
+
+
+class JsonlRecords:
+    """Lines of a JSONL file, found by their offsets; blank lines are allowed.
+
+    Raises RecordError for a file without any record, FileNotFoundError without the file.
+    """
+
+    def __init__(
+        self, path: Place, form: Form = RESTORATION, used: int = 0, shuffle_seed: int | None = None
+    ) -> None:
+        """Takes the first `used` lines (0: all), after a shuffle if that has a seed."""
+        self.path, self.form = path, form
+        self._file: BinaryIO | None = None
+        starts, numbers = _index(path)
+        if shuffle_seed is not None:
+            kept = np.random.default_rng(shuffle_seed).permutation(len(starts))[: used or None]
+            kept.sort()
+            starts, numbers = starts[kept], numbers[kept]
+        starts, numbers = starts[: used or None], numbers[: used or None]
+        if not len(starts):
+            raise RecordError(f"{path}:1: no record in the file")
+        self._starts = torch.from_numpy(starts).share_memory_()
+        self._numbers = torch.from_numpy(numbers).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Record:
+        start, number = int(self._starts[index]), int(self._numbers[index])
+        self._file = self._file or open_binary(self.path)
+        self._file.seek(start)
+        return parse_record(self._file.readline(), f"{self.path}:{number}", self.form)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_file": None}
+
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.permutation(len(self))
+
+
+def _index(path: Place) -> tuple[np.ndarray, np.ndarray]:
+    """Offset (int64) and number (int32, from 1) of every line that is not blank."""
+    starts, numbers = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+    offset = lines = 0
+    with open_binary(path) as file:
+        rest = b""
+        while block := file.read(BLOCK_BYTES):
+            end = block.rfind(b"\n") + 1
+            whole, rest = (rest + block[:end], block[end:]) if end else (b"", rest + block)
+            found, kept = _lines(whole)
+            starts.append(offset + found[kept])
+            numbers.append((lines + 1 + kept).astype(np.int32))
+            offset, lines = offset + len(whole), lines + len(found)
+        if rest.strip():
+            starts.append(np.array([offset]))
+            numbers.append(np.array([lines + 1], np.int32))
+    return np.concatenate(starts), np.concatenate(numbers)
+
+
+def _lines(block: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Places where the lines of a block begin, and which of them are not blank."""
+    symbols = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(symbols == ord("\n"))
+    starts = np.concatenate([np.zeros(min(1, len(ends)), np.int64), ends[:-1] + 1])
+    # A line that begins with a letter or a bracket is not blank; the others are few.
+    doubtful = np.flatnonzero(symbols[starts] <= ord(" "))
+    blank = [line for line in doubtful if not block[starts[line] : ends[line]].strip()]
+    return starts, np.delete(np.arange(len(starts)), blank)
+
+
+class ParquetRecords:
+    """Rows of parquet files: a file, or a folder of which the first `used` (0: all) are taken.
+
+    One row group is held at a time, so records in `order` come group by group, shuffled within
+    each. Raises RecordError without any row, ValueError without pyarrow.
+    """
+
+    def __init__(self, path: Place, form: Form = RESTORATION, used: int = 0) -> None:
+        self.path, self.form = path, form
+        self.files = files_of(path, ".parquet")[: used or None]
+        self._groups: list[tuple[int, int]] = []
+        """(file, row group)"""
+        self._open: tuple[int, Any] = (-1, None)
+        """Number and rows of the group that was read last."""
+        rows = [0]
+        for number, file in enumerate(self.files):
+            with open_binary(file) as opened:
+                footer = _parquet_file(opened).metadata
+            self._groups += [(number, group) for group in range(footer.num_row_groups)]
+            rows += [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+        self._ends = np.cumsum(rows)
+        if not len(self):
+            raise RecordError(f"{path}:1: no record in the file")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        group = int(np.searchsorted(self._ends, index, side="right")) - 1
+        number, inside = self._groups[group]
+        if self._open[0] != group:
+            with open_binary(self.files[number]) as opened:
+                self._open = group, _parquet_file(opened).read_row_group(inside)
+        row = index - int(self._ends[group])
+        (raw,) = self._open[1].slice(row, 1).to_pylist()
+        before = int(self._ends[self._groups.index((number, 0))])
+        source = f"{self.files[number]}:{index - before + 1}"
+        return record_of({k: v for k, v in raw.items() if v is not None}, source, self.form)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_open": (-1, None)}
+
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        groups = rng.permutation(len(self._groups))
+        return np.concatenate([rng.permutation(np.arange(*self._ends[g : g + 2])) for g in groups])
+
+
+def _parquet_file(opened: BinaryIO) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError("parquet_path needs pyarrow: pip install '.[parquet]'") from error
+    return pyarrow.parquet.ParquetFile(opened)

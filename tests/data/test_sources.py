@@ -1,0 +1,156 @@
+"""Files of records: JSONL indexed by offset, parquet by row group, both also at URLs."""
+
+import dataclasses
+import io
+import json
+import pickle
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import yaml
+from PIL import Image
+
+from data import sources
+from data.config import load_mixture
+from data.records import Form, RecordError, parse_record
+from data.sources import JsonlRecords, ParquetRecords, good_records
+from tests.data.test_skipping import loader
+from tests.data.test_stream import digest
+from tests.helpers import write_mixture, write_pairs
+
+TEXT = Form(inputs=(), needs=("texts",))
+
+
+def line(text: str) -> str:
+    return json.dumps({"message": [{"from": "human", "value": text}]})
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 2**24])
+@pytest.mark.parametrize("end", ["", "\n", "\n\n \n", "\r\n"])
+def test_an_index_finds_the_lines_that_reading_finds(tmp_path, monkeypatch, block, end):
+    """Blank lines, indented ones, lines longer than a block, other line ends."""
+    monkeypatch.setattr(sources, "BLOCK_BYTES", block)
+    rng = np.random.default_rng(block)
+    lines = [
+        ("", " \t", line("é" * 40), " " + line("b"), line(str(i)) + "\r")[int(rng.integers(5))]
+        for i in range(50)
+    ]
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join([*lines, line("last")]) + end)
+    text = path.read_bytes().split(b"\n")
+    expected = [parse_record(t, f"{path}:{n}", TEXT) for n, t in enumerate(text, 1) if t.strip()]
+    records = JsonlRecords(path, TEXT)
+    assert list(records) == expected and len(records) == len(expected) > 20
+    assert [records[i] for i in (5, 2, -1)] == [expected[i] for i in (5, 2, -1)]
+    assert list(pickle.loads(pickle.dumps(records))) == expected
+    assert list(JsonlRecords(path, TEXT, used=3)) == expected[:3]
+
+
+def test_a_shuffle_before_the_cut_is_that_of_its_seed(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(map(line, "abcdefghij")))
+    taken = {
+        seed: [r.instruction for r in JsonlRecords(path, TEXT, used=4, shuffle_seed=seed)]
+        for seed in (0, 0, 1)
+    }
+    for seed, found in taken.items():
+        chosen = np.random.default_rng(seed).permutation(10)[:4]
+        assert found == sorted("abcdefghij"[i] for i in chosen)
+    assert taken[0] != taken[1]
+
+
+def test_good_records_leave_out_the_bad(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join([line("a"), "{oops", line("b")]))
+    assert [r.source for r in good_records(JsonlRecords(path, TEXT))] == [f"{path}:1", f"{path}:3"]
+
+
+def png(value: int, size: tuple[int, int] = (16, 16)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, (value, value, value)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_parquet(path: Path, columns: dict[str, list], rows: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=rows)
+
+
+@pytest.fixture
+def captions(tmp_path) -> Path:
+    """Two files of 7 and 4 rows, at most 3 in a group; the caption of a row is its number."""
+    for name, first, count in (("a", 0, 7), ("b", 7, 4)):
+        rows = range(first, first + count)
+        columns = {"image": [png(i) for i in rows], "captions": [str(i) for i in rows]}
+        write_parquet(tmp_path / "rows" / f"{name}.parquet", columns, 3)
+    return tmp_path / "rows"
+
+
+FORM = Form(inputs=(), outputs=("image",), needs=("outputs",))
+
+
+def test_parquet_rows(captions):
+    records = ParquetRecords(captions, FORM)
+    assert [r.raw["captions"] for r in records] == [str(i) for i in range(11)]
+    assert [r.source for r in records][5:9] == [
+        *(f"{captions}/a.parquet:{n}" for n in (6, 7)),
+        *(f"{captions}/b.parquet:{n}" for n in (1, 2)),
+    ]
+    assert records[9].outputs[0].content == png(9)
+    assert len(ParquetRecords(captions, FORM, used=1)) == 7
+    assert len(ParquetRecords(captions / "b.parquet", FORM)) == 4
+    with pytest.raises(IndexError):
+        records[11]
+    (captions / "none").mkdir()
+    with pytest.raises(RecordError, match="none:1: no record"):
+        ParquetRecords(captions / "none", FORM)
+
+
+def test_an_epoch_of_parquet_reads_every_group_once(captions, monkeypatch):
+    records, read = ParquetRecords(captions, FORM), []
+    opened = sources._parquet_file
+    monkeypatch.setattr(sources, "_parquet_file", lambda f: (read.append(f.name), opened(f))[1])
+    orders = [records.order(np.random.default_rng(seed)) for seed in range(3)]
+    for order in orders:
+        assert sorted(order) == [*range(11)]
+        for index in order:
+            assert records[int(index)].raw["captions"] == str(index)
+    assert len({tuple(order) for order in orders}) == 3
+    groups = 3 + 2
+    assert 3 * groups - 2 <= len(read) <= 3 * groups  # the last group may be the next epoch's first
+
+
+def test_a_stream_from_urls_is_the_one_from_the_disk(checkpoint, tmp_path):
+    write_pairs(tmp_path / "pairs", 5)
+    # The headers are read too.
+    lines = tmp_path / "pairs" / "train.jsonl"
+    lines.write_text(lines.read_text().replace('"width"', '"columns"'))
+    (tmp_path / "pairs" / "images" / "3_clean.png").unlink()
+    system = fsspec.filesystem("memory")
+    system.put(str(tmp_path / "pairs"), "/bucket/pairs", recursive=True)
+    path = write_mixture(tmp_path / "mixture.yaml", tmp_path / "pairs")
+    content = yaml.safe_load(path.read_text())
+    here = loader(checkpoint, path)
+    expected = [digest(here.next_batch()) for _ in range(4)]
+    content["restoration"]["datasets"] = [
+        {"name": "pairs", "jsonl_path": "${data_root}/pairs/train.jsonl"}
+    ]
+    path.write_text(yaml.safe_dump(content))
+    mixture = load_mixture(path, "memory://bucket")
+    assert mixture[0].datasets[0].data_dir == "memory://bucket/pairs"
+    there, url = loader(checkpoint, mixture), "memory://bucket/pairs/train.jsonl"
+    for found in expected:
+        batch = there.next_batch()
+        assert all(name.startswith(f"{url}:") for name in batch.vae.names)
+        names = tuple(name.replace(url, str(lines)) for name in batch.vae.names)
+        vae = dataclasses.replace(batch.vae, names=names)
+        assert digest(dataclasses.replace(batch, vae=vae)) == found
+    assert there.skipped == here.skipped and {*there.skipped} == {"pairs/missing_image"}
+    with pytest.raises(
+        ValueError, match=r"jsonl_path memory://elsewhere/pairs/train.jsonl does no"
+    ):
+        load_mixture(path, "memory://elsewhere")
