@@ -7,7 +7,6 @@ DEMO = [
     "nibabel==5.4.2",
     "nilearn==0.14.1",
     "pydicom==3.0.2",
-    "scipy==1.17.1",
     "tokenizers==0.23.3",
 ]
 TENSORBOARD = ["tensorboard==2.21.0"]
@@ -33,6 +32,7 @@ setup(
         "pyyaml==6.0.3",
         "rich==15.0.0",
         "scikit-image==0.26.0",
+        "scipy==1.17.1",
     ],
     extras_require={
         "demo": DEMO,
