@@ -4,14 +4,13 @@
 
 The peer is that loop as the released code describes it, written anew on the same weights and on the
 layers of `benchmarks/train_step.py`'s peer: one sample at a time; a dict from layers to keys and
-values; every token and every branch of guidance joins the past and the new keys of every layer,
-which copies the past; a dense mask a call, in the form of SDPA's fast path; three passes an Euler
+values; every token and every branch of guidance writes the past and the new keys of every layer by index
+into new zeros, which copies the past; a dense mask a call, in the form of SDPA's fast path; three passes an Euler
 step. Its rate is therefore the same for one sample and for many, and is measured on one.
 
 Results are compared first: greedy ids have to be equal, and latents near. Then come the speeds, as
 ratios to the peer in float32; what a token costs after a long context; and what a token of a long
-answer costs, which says whether decoding is linear in its length. Contexts are filled beforehand,
-and forked within the time. The autoencoder's decoding is the same on both sides and left out:
+answer costs, which says whether decoding is linear in its length. Contexts are filled beforehand. The autoencoder's decoding is the same on both sides and left out:
 images are latents here. bf16 is measured only where a single linear is faster in bf16. Times are
 taken as `benchmarks/measure.py` says. Exit code 1: results differ or a target was missed.
 """
@@ -98,9 +97,18 @@ class Released(ScatteredDecoder):
 
     def attend(self, name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if name in self.past.layers:
-            k, v = (torch.cat(both) for both in zip(self.past.layers[name], (k, v), strict=True))
+            pairs = zip(self.past.layers[name], (k, v), strict=True)
+            k, v = (self.join(past, new) for past, new in pairs)
         self.merged[name] = k, v
         return self.sdpa(q, k, v, self.mask, flash=True)
+
+    def join(self, past: Tensor, new: Tensor) -> Tensor:
+        """New zeros, into which both are written by index."""
+        merged = past.new_zeros(len(past) + len(new), *past.shape[1:])
+        places = torch.arange(len(merged))
+        merged[places[len(past) :]] = new
+        merged[places[: len(past)]] = past
+        return merged
 
     def extend(self, past: Past, x: Tensor, image: bool = False) -> tuple[Tensor, Past]:
         """(n, d) hidden states of text or of an image with its ends, and the context then."""
@@ -159,10 +167,13 @@ class Released(ScatteredDecoder):
 
 @torch.inference_mode()
 def decode_texts(contexts: Sequence[Context], count: int) -> list[list[int]]:
-    """`count` greedy ids after every context, decoded together; the contexts stay."""
+    """`count` greedy ids after every context, decoded together; the contexts are then as before."""
     config = TextConfig(max_new_tokens=count, stop_at_eos=False)
-    jobs = [TextJob(context.fork(), config) for context in contexts]
+    before = [(context.cache.length, context.position) for context in contexts]
+    jobs = [TextJob(context, config) for context in contexts]
     texts = dict(generate_texts(jobs, VOCABULARY, len(jobs)))
+    for context, (length, position) in zip(contexts, before, strict=True):
+        context.cache.length, context.position = length, position
     return [texts[i] for i in range(len(jobs))]
 
 

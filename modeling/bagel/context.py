@@ -21,11 +21,14 @@ from .bagel import Bagel
 
 def grown(store: Tensor, dim: int, length: int) -> Tensor:
     """`store` with room for `length` along `dim`: at least doubled, never by a token."""
-    if length <= store.shape[dim]:
+    known = store.shape[dim]
+    if length <= known:
         return store
-    more = list(store.shape)
-    more[dim] = max(length - store.shape[dim], store.shape[dim])
-    return torch.cat([store, store.new_zeros(more)], dim)
+    shape = list(store.shape)
+    shape[dim] = max(length, 2 * known)
+    larger = store.new_zeros(shape)
+    larger.narrow(dim, 0, known).copy_(store)
+    return larger
 
 
 class KVCache:

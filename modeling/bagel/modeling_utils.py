@@ -27,9 +27,16 @@ def sin_cos_table(side: int, channels: int) -> Tensor:
     return torch.cat([_sin_cos(index % side, half), _sin_cos(index // side, half)], dim=1).float()
 
 
+FEW_TOKENS = 64
+
+
 def _rotated(x_SHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x, half = x_SHE.float(), x_SHE.shape[-1] // 2
     out = x * cos
+    if len(x) <= FEW_TOKENS:  # one more pass, but fewer calls
+        rolled = x.roll(half, -1).mul_(sin)
+        rolled[..., :half].neg_()
+        return out.add_(rolled).to(x_SHE.dtype)
     out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
     out[..., half:].addcmul_(x[..., :half], sin[..., half:])
     return out.to(x_SHE.dtype)

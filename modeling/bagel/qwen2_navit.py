@@ -122,7 +122,7 @@ class MLP(Qwen2MLP):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         if not torch.is_grad_enabled():
-            return self.down_proj(F.silu(gate).mul_(up))
+            return self.down_proj(F.silu(gate, inplace=True).mul_(up))
         return self.down_proj(_SwiGLU.apply(gate, up))
 
 
