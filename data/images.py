@@ -55,7 +55,7 @@ def read_scan(
     """
     kind = file_kind(path)
     if kind == "dicom":
-        return read_dicom(path, frame, value_range)
+        return read_dicom(path, frame=frame, value_range=value_range)
     if kind == "image":
         with _opened(path, frame or 0) as image:
             return _scan(image, value_range)

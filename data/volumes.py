@@ -5,7 +5,6 @@ H, W are rows and columns of an image as a radiologist sees it; slices or frames
 
 import importlib
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,8 @@ DISPLAY = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
 DAMAGE = (OSError, EOFError, SyntaxError, ValueError, TypeError, AttributeError, LookupError) + (
     (RuntimeError, ArithmeticError, MemoryError, struct.error, zlib.error)
 )
+MAX_REASON = 300
+"""Characters of a reader's message: some quote the file."""
 
 Axis = Literal["axial", "coronal", "sagittal"]
 Range = tuple[float, float]
@@ -49,7 +50,7 @@ class Scan:
     unit: str = ""
     """`HU`, `BQML`, ...; empty if the file states none."""
     spacing: tuple[float, ...] = ()
-    """mm between slices (of a volume), rows and columns; empty if the file states none."""
+    """mm between slices (of a volume; nan if unknown), rows and columns; empty if all unknown."""
     colour: bool = False
 
     @property
@@ -64,25 +65,25 @@ class Scan:
 
 
 @contextmanager
-def named_errors(path: str | Path) -> Iterator[None]:
-    """What a reader raises becomes an ImageError that names the file."""
+def named_errors(path: str | Path, *others: type[Exception]) -> Iterator[None]:
+    """What a reader raises (DAMAGE and `others`) becomes an ImageError that names the file."""
+    faults: tuple[type[Exception], ...] = (*DAMAGE, *others)
     try:
         yield
     except ImageError:
         raise
-    except DAMAGE as error:
-        raise ImageError(f"{path}: {error or type(error).__name__}") from error
+    except faults as error:
+        reason = str(error)[:MAX_REASON] or type(error).__name__
+        raise ImageError(f"{path}: {reason}") from error
 
 
 def require_size(*shape: int) -> None:
     """Raises ValueError for an image (H, W) or a volume (slices, H, W) empty or too large."""
-    for count, limit, what in (
-        (prod(shape[-2:]), MAX_PIXELS, "pixels"),
-        (prod(shape), MAX_VOXELS, "voxels"),
-    ):
-        if min(shape) < 1 or count > limit:
-            fault = "empty" if min(shape) < 1 else f"more than {limit} {what}"
-            raise ValueError(f"{'x'.join(map(str, shape[::-1]))} is {fault}")
+    limits = (shape[-2:], MAX_PIXELS, "pixels"), (shape, MAX_VOXELS, "voxels")
+    for sides, limit, what in limits:
+        if min(sides) < 1 or prod(sides) > limit:
+            fault = "empty" if min(sides) < 1 else f"more than {limit} {what}"
+            raise ValueError(f"{'x'.join(map(str, sides[::-1]))} is {fault}")
 
 
 def _package(name: str) -> Any:
@@ -99,52 +100,51 @@ def _brightness(values: np.ndarray) -> Range:
 
 
 def dicom_header(path: str | Path) -> Any:
-    """The pydicom data set of a file without its pixels; raises ImageError."""
-    with named_errors(path):
+    """The pydicom data set of an image without its pixels; raises ImageError."""
+    with named_errors(path, _package("pydicom.errors").BytesLengthException):
         header = _package("pydicom").dcmread(path, force=True, stop_before_pixels=True)
-        require_size(int(header.get("NumberOfFrames") or 1), header.Rows, header.Columns)
+        _count_frames(header)
         return header
 
 
+def _count_frames(dataset: Any, files: int = 1) -> int:
+    """Raises ValueError where there is no image, or too large a one for so many files."""
+    if "Rows" not in dataset:
+        raise ValueError("a DICOM file without an image, or none at all")
+    count = int(dataset.get("NumberOfFrames") or 1)
+    require_size(files * count, dataset.Rows, dataset.Columns)
+    return count
+
+
 def read_dicom(
-    path: str | Path, frame: int | None = None, value_range: Range | None = None
+    *paths: str | Path, frame: int | None = None, value_range: Range | None = None
 ) -> Scan:
-    """All frames of a DICOM file, ordered by position if it states positions, or a stored one.
+    """The frames of a file, or of the files of a series, by position; or one as it is stored.
 
     Values are those after the modality table or rescaling. Their range is `value_range`; else the
     table or the first window of the file (a table or a sigmoid replaces the values); else all that
-    8 bits or colours can hold; else PERCENTILES. Raises ImageError.
+    8 bits or colours can hold; else PERCENTILES, as for slices whose windows differ. Frames of one
+    file that state no positions stay in their order. Raises ImageError, also where slices differ
+    in size or direction or share a position.
     """
-    count = int(dicom_header(path).get("NumberOfFrames") or 1)
-    with named_errors(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deviations from the standard that pydicom reads past
-        dataset = _package("pydicom").dcmread(path, force=True)
-        if frame is not None and not 0 <= frame < count:
-            raise ValueError(f"frame={frame} is none of its {count} frames")
-        pixels = _package("pydicom.pixels").pixel_array(dataset, index=frame)
-        if dataset.PhotometricInterpretation in COLOURS:
-            return _colour(dataset, pixels, value_range)
-        if count == 1 or frame is not None:
-            return _grey(_described(dataset, frame or 0), pixels, value_range)
-        frames = [_described(dataset, i) for i in range(count)]
-        placed = "ImagePositionPatient" in frames[0]
-        order = _order(frames) if placed else range(count)
-        scans = [_grey(frames[i], pixels[i], value_range) for i in order]
-        return _stacked(scans, [frames[i] for i in order])
-
-
-def read_series(paths: Sequence[str | Path], value_range: Range | None = None) -> Scan:
-    """The volume of one DICOM series, a file a slice, in the order of their positions.
-
-    Its range is the window that all slices share, else PERCENTILES of the volume. Raises ImageError
-    where slices differ in size or direction or share a position.
-    """
-    headers = [dicom_header(path) for path in paths]
-    with named_errors(Path(paths[0]).parent):
-        require_size(len(headers), headers[0].Rows, headers[0].Columns)
-        order = _order(headers)
-        scans = [read_dicom(paths[i], value_range=value_range) for i in order]
-        return _stacked(scans, [headers[i] for i in order])
+    headers, scans = [], []
+    for path in paths:
+        with named_errors(path, _package("pydicom.errors").BytesLengthException):
+            dataset = _package("pydicom").dcmread(path, force=True)
+            count = _count_frames(dataset, len(paths))
+            if frame is not None and not 0 <= frame < count:
+                raise ValueError(f"frame={frame} is none of its {count} frames")
+            pixels = _package("pydicom.pixels").pixel_array(dataset, index=frame)
+            found = [_described(dataset, i) for i in (range(count) if frame is None else [frame])]
+            frames = pixels if len(found) > 1 else [pixels]
+            scans += [_shown(d, p, value_range) for d, p in zip(found, frames, strict=True)]
+            headers += found
+    if len(scans) == 1:
+        return scans[0]
+    with named_errors(paths[0] if len(paths) == 1 else Path(paths[0]).parent):
+        placed = len(paths) > 1 or len({str(h.get("ImagePositionPatient")) for h in headers}) > 1
+        order = _order(headers) if placed else range(len(headers))
+        return _stacked([scans[i] for i in order], [headers[i] for i in order])
 
 
 def _described(dataset: Any, frame: int) -> Any:
@@ -158,37 +158,34 @@ def _described(dataset: Any, frame: int) -> Any:
     return described
 
 
-def _colour(dataset: Any, pixels: np.ndarray, value_range: Range | None) -> Scan:
-    bits = dataset.BitsStored
-    if dataset.PhotometricInterpretation == "PALETTE COLOR":
-        pixels = _package("pydicom.pixels").apply_color_lut(pixels, dataset)
-        bits = pixels.dtype.itemsize * 8
-    values = pixels[..., :3].astype(np.float32)
-    return Scan(values=values, value_range=value_range or (0.0, 2.0**bits - 1), colour=True)
-
-
-def _grey(dataset: Any, pixels: np.ndarray, value_range: Range | None) -> Scan:
+def _shown(dataset: Any, pixels: np.ndarray, value_range: Range | None) -> Scan:
+    """One frame with its range."""
     pydicom, kind = _package("pydicom.pixels"), dataset.PhotometricInterpretation
+    spacing = dataset.get("PixelSpacing") or dataset.get("ImagerPixelSpacing") or ()
+    known: dict[str, Any] = {"spacing": tuple(map(float, spacing))}
+    if kind in COLOURS:
+        table = kind == "PALETTE COLOR"
+        pixels = pydicom.apply_color_lut(pixels, dataset) if table else pixels
+        bits = 8 * pixels.dtype.itemsize if table else dataset.BitsStored
+        value_range = value_range or (0.0, 2.0**bits - 1)
+        values = pixels[..., :3].astype(np.float32)
+        return Scan(values=values, value_range=value_range, colour=True, **known)
     if not kind.startswith("MONOCHROME"):
         raise ValueError(f"photometric interpretation {kind} is not supported")
     values = pydicom.apply_modality_lut(pixels, dataset)
     hounsfield = "RescaleSlope" in dataset and dataset.get("Modality") == "CT"
-    unit = dataset.get("RescaleType") or dataset.get("Units") or ("HU" if hounsfield else "")
+    unit = str(dataset.get("RescaleType") or dataset.get("Units") or "US").replace("US", "")
+    known["unit"] = unit or ("HU" if hounsfield else "")
     if value_range is None and dataset.get("VOILUTSequence"):
         values = pydicom.apply_voi(np.round(values).astype(np.int64), dataset)
-        value_range, unit = (0, 2 ** dataset.VOILUTSequence[0].LUTDescriptor[2] - 1), ""
+        value_range, known["unit"] = (0, 2 ** dataset.VOILUTSequence[0].LUTDescriptor[2] - 1), ""
     elif value_range is None and dataset.get("VOILUTFunction") == "SIGMOID":
-        black, white = pydicom.apply_windowing(np.array([-np.inf, np.inf]), dataset)
-        values, value_range, unit = pydicom.apply_windowing(values, dataset), (black, white), ""
+        low, high = pydicom.apply_windowing(np.array([-np.inf, np.inf]), dataset)
+        values, value_range = pydicom.apply_windowing(values, dataset), (low, high)
+        known["unit"] = ""
     value_range = value_range or _window(dataset) or _stored_range(dataset) or _brightness(values)
     low, high = map(float, value_range[::-1] if kind == "MONOCHROME1" else value_range)
-    spacing = dataset.get("PixelSpacing") or dataset.get("ImagerPixelSpacing") or ()
-    return Scan(
-        values=values.astype(np.float32),
-        value_range=(low, high),
-        unit=unit,
-        spacing=tuple(map(float, spacing)),
-    )
+    return Scan(values=values.astype(np.float32), value_range=(low, high), **known)
 
 
 def _window(dataset: Any) -> Range | None:
@@ -238,11 +235,12 @@ def _stacked(scans: list[Scan], headers: Sequence[Any]) -> Scan:
     if len({scan.value_range for scan in scans}) > 1:
         low, high = _brightness(values)
         value_range = (high, low) if value_range[0] > value_range[1] else (low, high)
-    between = headers[0].get("SpacingBetweenSlices") or headers[0].get("SliceThickness")
-    places = [header.get("ImagePositionPatient") for header in headers[:2]]
-    if None not in places and len(places) > 1:
-        between = np.linalg.norm(np.subtract(*np.array(places, dtype=float)))
-    spacing = (float(between), *first.spacing) if between and first.spacing else ()
+    apart = headers[0].get("SpacingBetweenSlices") or headers[0].get("SliceThickness") or np.nan
+    places = [header.get("ImagePositionPatient") for header in headers]
+    if len(places) > 1 and None not in places:
+        steps = np.diff(np.array(places, dtype=float), axis=0)
+        apart = np.median(np.linalg.norm(steps, axis=1)) or apart
+    spacing = (float(apart), *first.spacing) if first.spacing else ()
     return replace(first, values=values, value_range=value_range, spacing=spacing)
 
 
@@ -262,11 +260,8 @@ def read_nifti(
     """
     nibabel = _package("nibabel")
     faults = nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError
-    with named_errors(path):
-        try:
-            image = nibabel.load(path)
-        except faults as error:
-            raise ValueError(error) from error
+    with named_errors(path, *faults):
+        image = nibabel.load(path)
         shape, kind, start = image.shape, image.get_data_dtype(), image.dataobj.offset
         if len(shape) < 2 or kind.kind not in "iuf":
             raise ValueError(f"shape {shape} of {kind} is no volume of real numbers")
