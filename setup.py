@@ -10,7 +10,7 @@ DICOM = [
     "pylibjpeg-openjpeg==2.6.0",
     "pylibjpeg-rle==2.2.0",
 ]
-DEMO = [*DICOM, "matplotlib==3.11.2", "nilearn==0.14.1", "scipy==1.17.1", "tokenizers==0.23.3"]
+DEMO = [*DICOM, "matplotlib==3.11.2", "nilearn==0.14.1", "tokenizers==0.23.3"]
 TENSORBOARD = ["tensorboard==2.21.0"]
 WANDB = ["wandb==0.31.0"]
 DEEPSPEED = ["deepspeed==0.19.8"]
@@ -34,6 +34,7 @@ setup(
         "pyyaml==6.0.3",
         "rich==15.0.0",
         "scikit-image==0.26.0",
+        "scipy==1.17.1",
     ],
     extras_require={
         "demo": DEMO,
