@@ -19,6 +19,8 @@ MAX_PIXELS = 20_000_000
 """Larger images are refused before they are decoded."""
 MAX_VOXELS = 2**29
 """So are larger volumes; a voxel takes four bytes in memory."""
+MAX_DEFLATION = 1032
+"""Bytes that one byte of a gzip file can stand for (RFC 1951: 258 by two bits)."""
 PERCENTILES = (0.5, 99.5)
 """Of the values: black and white where the file states no window."""
 COLOURS = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
@@ -134,7 +136,7 @@ def read_dicom(
             count = _count_frames(dataset, len(paths))
             if frame is not None and not 0 <= frame < count:
                 raise ValueError(f"frame={frame} is none of its {count} frames")
-            pixels = _package("pydicom.pixels").pixel_array(dataset, index=frame)
+            pixels = _pixels(dataset, frame)
             found = [_described(dataset, i) for i in (range(count) if frame is None else [frame])]
             frames = pixels if len(found) > 1 else [pixels]
             scans += [_shown(d, p, value_range) for d, p in zip(found, frames, strict=True)]
@@ -145,6 +147,15 @@ def read_dicom(
         placed = len(paths) > 1 or len({str(h.get("ImagePositionPatient")) for h in headers}) > 1
         order = _order(headers) if placed else range(len(headers))
         return _stacked([scans[i] for i in order], [headers[i] for i in order])
+
+
+def _pixels(dataset: Any, frame: int | None) -> np.ndarray:
+    """One frame or all of them; colours as RGB where they are stored as luminance."""
+    syntax = dataset.file_meta.get("TransferSyntaxUID")
+    # The other decoder of run lengths ends the process over damaged ones.
+    plugin = "pydicom" if syntax == _package("pydicom.uid").RLELossless else ""
+    read = _package("pydicom.pixels").pixel_array
+    return read(dataset, index=frame, decoding_plugin=plugin)
 
 
 def _described(dataset: Any, frame: int) -> Any:
@@ -260,14 +271,16 @@ def read_nifti(
     """
     nibabel = _package("nibabel")
     faults = nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError
-    with named_errors(path, *faults):
+    with named_errors(path, *faults, nibabel.orientations.OrientationError):
         image = nibabel.load(path)
         shape, kind, start = image.shape, image.get_data_dtype(), image.dataobj.offset
         if len(shape) < 2 or kind.kind not in "iuf":
             raise ValueError(f"shape {shape} of {kind} is no volume of real numbers")
         require_size(*shape[2:3], *shape[:2])
-        if start > MAX_PIXELS:
-            raise ValueError(f"its voxels are said to begin only at byte {start}")
+        held = Path(path).stat().st_size
+        held *= MAX_DEFLATION if Path(path).suffix.lower() == ".gz" else 1
+        if start + prod(shape) * kind.itemsize > held:
+            raise ValueError(f"too short for shape {shape} of {kind} from byte {start}")
         count = prod(shape[3:])
         if not 0 <= (volume or 0) < count or (count > 1 and volume is None):
             raise ValueError(

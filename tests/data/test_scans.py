@@ -351,7 +351,9 @@ def test_sizes_are_checked_before_anything_is_decoded(tmp_path, monkeypatch):
             file.write(content)
     with pytest.raises(ImageError, match=r"huge.nii.gz: 4000x4000x30000 is more than \d+ voxels"):
         read_scan(tmp_path / "huge.nii.gz")
-    with pytest.raises(ImageError, match=r"far.nii.gz: its voxels are said to begin only at byte"):
+    with pytest.raises(
+        ImageError, match=r"far.nii.gz: too short for shape .* from byte 1099511627776"
+    ):
         read_scan(tmp_path / "far.nii.gz")
     ds = dataset(np.zeros((4, 4)))
     ds.Rows = ds.Columns = 65535
