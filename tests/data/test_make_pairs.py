@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -352,3 +353,15 @@ def test_the_demo_makes_the_pairs_that_its_checkpoint_knows():
         trained[0].stop <= held_out.start - args.gap
         and held_out.stop + args.gap <= trained[1].start
     )
+
+
+def test_the_page_shows_what_the_commands_print(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "data.md").read_text()
+    blocks = re.findall(r"```\n\$ python scripts/tools/make_pairs\.py (.*)\n([^`]*)```", page)
+    assert [shlex.split(command)[0] for command, _ in blocks] == ["brain.nii.gz", "dicom"]
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tiny.ICBM152, "brain.nii.gz")
+    shutil.copytree(shipped("DICOMDIR").parent, "dicom")
+    for command, printed in blocks:
+        made(*shlex.split(command))
+        assert capsys.readouterr().out == printed
