@@ -19,6 +19,7 @@ from scripts.tiny import images as tiny
 from scripts.tiny import make_pairs as recipe
 from scripts.tools import make_pairs
 from scripts.tools.make_pairs import PARTS, split_patients, split_slices
+from scripts.tools.scan_sources import find_sources
 from tests.data.test_scans import OBLIQUE, dataset, nifti, shipped, written
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +72,9 @@ def records(folder: Path) -> dict[str, list[dict]]:
     }
 
 
-def test_patients_are_not_divided(one_set):
+def test_patients_are_not_divided(patients, one_set):
+    found = {s.name: s.patient for s in find_sources(patients, "sub-[0-9]+")}
+    assert found == {name: name[:5] for name in found} and len(found) == 6
     owners = {
         part: {re.search(r"sub-\d", r["volume"]).group() for r in lines}
         for part, lines in records(one_set).items()
@@ -212,13 +215,15 @@ def test_dicom_series_go_by_patient_and_position(tmp_path, capsys):
         dicom_folder(tmp_path / "ct" / f"x{number}", f"Doe{number}", [9, 5, 7], **scale)
     (tmp_path / "ct" / "DICOMDIR").write_bytes(shipped("DICOMDIR").read_bytes())
     out = tmp_path / "set"
-    parts = made(tmp_path / "ct", "--out", out, *NOISE)
+    parts = made(tmp_path / "ct", "--out", out, "--degrade", "ct_sparse_views:0.5")
     assert [len({r["volume"] for r in parts[p]}) for p in PARTS] == [1, 1, 1]
     assert "Doe" not in "".join((out / f"{p}.jsonl").read_text() for p in PARTS)
     for lines in parts.values():
         values = []
         for record in sorted(lines, key=lambda r: r["slice"]):
             assert (record["unit"], record["value_range"]) == ("HU", [0.0, 1000.0])
+            known = record["degradation"]["parameters"]
+            assert (known["hu_low"], known["hu_high"], known["pixel_mm"]) == (0.0, 1000.0, 1.0)
             image = pixels(out, record["output_img"])
             # 32 rows of 1.5 mm and 48 columns of 1 mm become square pixels of 1 mm.
             assert image.shape == (48, 48) and image.dtype == np.uint16
@@ -282,6 +287,9 @@ def test_sizes_and_bits(tmp_path):
     small = axial.reshape(20, 2, 18, 2).mean((1, 3))  # 40 x 36 mm
     assert np.abs(image[14:34] / 255 - small[:, 1:17]).max() < 0.5 / 255 + 1e-6
     assert not image[:14].any() and not image[34:].any()
+    odd = np.random.default_rng(0).random((41, 37)).astype(np.float32)
+    means = odd[:40, :36].reshape(20, 2, 18, 2).mean((1, 3))
+    assert np.abs(make_pairs._resampled(odd, (1.0, 1.0), 2.0) - means).max() < 1e-6
 
 
 @pytest.mark.parametrize(
