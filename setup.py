@@ -2,14 +2,16 @@
 
 from setuptools import find_packages, setup
 
-DEMO = [
-    "matplotlib==3.11.2",
+DICOM = [
     "nibabel==5.4.2",
-    "nilearn==0.14.1",
     "pydicom==3.0.2",
-    "tokenizers==0.23.3",
+    "pylibjpeg[all]==2.1.0",
+    "pylibjpeg-libjpeg==2.5.0",
+    "pylibjpeg-openjpeg==2.6.0",
+    "pylibjpeg-rle==2.2.0",
 ]
 APP = ["gradio==6.31.0"]
+DEMO = [*DICOM, "matplotlib==3.11.2", "nilearn==0.14.1", "tokenizers==0.23.3"]
 TENSORBOARD = ["tensorboard==2.21.0"]
 WANDB = ["wandb==0.31.0"]
 DEEPSPEED = ["deepspeed==0.19.8"]
@@ -60,6 +62,7 @@ setup(
             "types-PyYAML==6.0.12.20261113",
         ],
         "deepspeed": DEEPSPEED,
+        "dicom": DICOM,
         "lora": LORA,
         "parquet": PARQUET,
         "tensorboard": TENSORBOARD,

@@ -2,17 +2,19 @@
 
     python benchmarks/inference.py [--threads 1] [--rounds 5]
 
-The peer is that loop as the released code describes it, written anew on the same weights and on the
-layers of `benchmarks/train_step.py`'s peer: one sample at a time; a dict from layers to keys and
-values; every token and every branch of guidance writes the past and the new keys of every layer by index
-into new zeros, which copies the past; a dense mask a call, in the form of SDPA's fast path; three passes an Euler
-step. Its rate is therefore the same for one sample and for many, and is measured on one.
+The peer is that loop as the released code describes it, written anew on the same weights and on
+the layers of `benchmarks/train_step.py`'s peer: one sample at a time; a dict from layers to keys
+and values; every token and every branch of guidance writes the past and the new keys of every layer
+by index into new zeros, which copies the past; a dense mask a call, in the form of SDPA's fast
+path; three passes an Euler step. Its rate is therefore the same for one sample and for many, and is
+measured on one.
 
 Results are compared first: greedy ids have to be equal, and latents near. Then come the speeds, as
 ratios to the peer in float32; what a token costs after a long context; and what a token of a long
-answer costs, which says whether decoding is linear in its length. Contexts are filled beforehand. The autoencoder's decoding is the same on both sides and left out:
-images are latents here. bf16 is measured only where a single linear is faster in bf16. Times are
-taken as `benchmarks/measure.py` says. Exit code 1: results differ or a target was missed.
+answer costs, which says whether decoding is linear in its length. Contexts are filled beforehand.
+The autoencoder's decoding is the same on both sides and left out: images are latents here. bf16 is
+measured only where a single linear is faster in bf16. Times are taken as `benchmarks/measure.py`
+says. Exit code 1: results differ or a target was missed.
 """
 
 import argparse

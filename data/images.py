@@ -1,29 +1,88 @@
-"""Image files -> RGB arrays in [0, 1]. PNG and JPEG, 8 and 16 bits, grey, RGB and RGBA."""
+"""Image files -> RGB images for the model, and scans that keep their values.
+
+PNG, JPEG and TIFF (its first page), 8, 16 and 32 bits, grey, RGB and RGBA; DICOM and NIfTI.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-MAX_PIXELS = 20_000_000
-"""Larger images are refused before they are decoded."""
+from .volumes import (
+    MAX_PIXELS,
+    Axis,
+    ImageError,
+    Range,
+    Scan,
+    dicom_header,
+    named_errors,
+    read_dicom,
+    read_nifti,
+)
+
+GREY_RANGES = {"F": (0.0, 1.0), "I": (0.0, 65535.0)}
+"""Values of black and white by the first letter of a mode of more than 8 bits."""
 
 
-class ImageError(ValueError):
-    """An image that cannot be read; the message names the file."""
+def _name(path: str | Path | BinaryIO) -> str:
+    return "encoded image" if type(path) is BytesIO else str(path)
+
+
+def file_kind(path: str | Path) -> Literal["nifti", "dicom", "image"]:
+    """By the suffix; a DICOM file also by its first bytes. Raises ImageError."""
+    name = Path(path).name.lower()
+    if name.endswith((".nii", ".nii.gz")):
+        return "nifti"
+    with named_errors(path), Path(path).open("rb") as file:
+        is_dicom = name.endswith((".dcm", ".dicom")) or file.read(132)[128:] == b"DICM"
+        return "dicom" if is_dicom else "image"
+
+
+def read_scan(
+    path: str | Path,
+    *,
+    axis: Axis = "axial",
+    frame: int | None = None,
+    volume: int | None = None,
+    value_range: Range | None = None,
+) -> Scan:
+    """What a file holds, in its units; `read_dicom` and `read_nifti` say what black and white are.
+
+    `frame` picks one slice, frame or page (from 0), `axis` and `volume` hold for NIfTI alone, and
+    `value_range` stands above what the file says. Raises ImageError.
+    """
+    kind = file_kind(path)
+    if kind == "dicom":
+        return read_dicom(path, frame=frame, value_range=value_range)
+    if kind == "image":
+        with _opened(path, frame or 0) as image:
+            return _scan(image, value_range)
+    scan = read_nifti(path, axis, volume, value_range)
+    if frame is None:
+        return scan
+    if not 0 <= frame < len(scan.values):
+        raise ImageError(f"{path}: frame={frame} is none of its {len(scan.values)} slices")
+    return replace(scan, values=scan.values[frame], spacing=scan.spacing[1:])
 
 
 def read_image(path: str | Path | BinaryIO) -> Image.Image:
     """The RGB image of a file, or of one that is open or in memory.
 
-    Raises ImageError for a missing, damaged or oversized file.
+    Raises ImageError for a missing, damaged or oversized file, and for a volume.
     """
+    if isinstance(path, str | Path) and file_kind(path) != "image":
+        scan = read_scan(path)
+        if scan.is_volume:
+            slices = len(scan.values)
+            raise ImageError(f"{path}: a volume of {slices} slices; make_pairs.py makes images")
+        return _eight_bits(scan)
     with _opened(path) as image:
         image.load()
         return to_rgb(image)
@@ -31,35 +90,59 @@ def read_image(path: str | Path | BinaryIO) -> Image.Image:
 
 def image_size(path: str | Path | BinaryIO) -> tuple[int, int]:
     """(width, height) from the header of a file; raises ImageError as `read_image` does."""
+    if isinstance(path, str | Path) and file_kind(path) == "dicom":
+        header = dicom_header(path)
+        return header.Columns, header.Rows
     with _opened(path) as image:
         return image.size
 
 
 @contextmanager
-def _opened(path: str | Path | BinaryIO) -> Iterator[Image.Image]:
+def _opened(path: str | Path | BinaryIO, page: int = 0) -> Iterator[Image.Image]:
     """The image of a file before its pixels are decoded."""
     try:
-        with Image.open(path) as image:
+        with named_errors(_name(path)), Image.open(path) as image:
+            image.seek(page)
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(
                     f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels"
                 )
             yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        name = "encoded image" if type(path) is BytesIO else path
-        raise ImageError(f"{name}: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{_name(path)}: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB; 16-bit grey is scaled to 8 bits, transparency is laid on white."""
-    if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.float64) / 65535.0
-        return Image.fromarray(np.round(grey.clip(0, 1) * 255).astype(np.uint8)).convert("RGB")
+    """Any mode -> RGB; grey of more bits is scaled to 8, transparency is laid on white.
+
+    Raises ValueError for grey values outside GREY_RANGES.
+    """
+    if image.mode[0] in GREY_RANGES:
+        return _eight_bits(_scan(image))
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _scan(image: Image.Image, value_range: Range | None = None) -> Scan:
+    deep = image.mode[0] in GREY_RANGES
+    grey = deep or image.mode in ("1", "L")
+    stored = image if deep else image.convert("L") if grey else to_rgb(image)
+    values = np.asarray(stored).astype(np.float32)
+    low, high = GREY_RANGES[image.mode[0]] if deep else (0.0, 255.0)
+    if value_range is None and not low <= values.min() <= values.max() <= high:
+        found = f"{values.min():g} to {values.max():g}"
+        raise ValueError(
+            f"its values from {found} leave {low:g} to {high:g}: rescale it, or state what black "
+            "and white are (value_range of read_scan, --value_range of make_pairs.py)"
+        )
+    return Scan(values=values, value_range=value_range or (low, high), colour=not grey)
+
+
+def _eight_bits(scan: Scan) -> Image.Image:
+    return Image.fromarray(np.round(scan.image_01() * 255).astype(np.uint8)).convert("RGB")
 
 
 def to_pm1(image: Image.Image) -> Tensor:

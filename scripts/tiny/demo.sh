@@ -15,7 +15,13 @@ restore() {
 }
 NUM_TIMESTEPS=2
 
-python -m scripts.tiny.make_pairs --out "$out/data"
+# As the tiny model was trained: its held-out slices, 2 mm pixels, its noise and factor, its texts.
+volume=$(python -c 'from scripts.tiny.images import ICBM152; print(ICBM152)')
+python scripts/tools/make_pairs.py "$volume" --out "$out/data" --test_slices 92 120 --val 0 \
+  --every 2 --spacing 2 --size 112 96 --image_rule 8 112 96 --vit_rule 14 112 98 \
+  --degrade mri_noise:0.4 --texts mri_noise "Remove the noise." "Moderate noise." \
+  --degrade downsampling:0.5 \
+  --texts downsampling "Increase the resolution." "Low resolution, factor four."
 restore configs/tiny/checkpoint "$out/before"
 python train/main_sr_pixel_loss.py --config configs/tiny/demo.yaml \
   --dataset_config_file "$out/data/mixture.yaml" --checkpoint_dir "$out/run"

@@ -16,6 +16,9 @@ from PIL import Image
 
 from data.degradations import low_resolution
 
+ICBM152 = (
+    Path(nilearn.__file__).parent / "datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
+)
 SLICE_HEIGHT, SLICE_WIDTH = 112, 96
 TRAIN_SLICES_MM = (range(34, 84), range(128, 160))
 HELD_OUT_SLICES_MM = range(92, 120)
@@ -23,8 +26,7 @@ HELD_OUT_SLICES_MM = range(92, 120)
 
 def _icbm152() -> np.ndarray:
     """T1 intensities (x, y, z) in [0, 1] at 1 mm."""
-    folder = Path(nilearn.__file__).parent / "datasets" / "data"
-    volume = nibabel.load(folder / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz")
+    volume = nibabel.load(ICBM152)
     return np.asarray(volume.dataobj, dtype=np.float32) / 255.0
 
 

@@ -1,0 +1,375 @@
+"""The command that makes training sets of scans: splits, records, pixels, refusals."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.config import load_mixture
+from data.degradations import degrade, low_resolution
+from data.images import read_image, read_scan
+from data.records import read_records
+from data.transforms import ResizeRule
+from scripts.tiny import images as tiny
+from scripts.tiny import make_pairs as recipe
+from scripts.tools import make_pairs
+from scripts.tools.make_pairs import PARTS, split_patients, split_slices
+from scripts.tools.scan_sources import find_sources
+from tests.data.test_scans import OBLIQUE, dataset, nifti, shipped, written
+
+ROOT = Path(__file__).parents[2]
+NOISE = ("--degrade", "mri_noise:0.4")
+
+
+def made(*arguments: object) -> dict[str, list[dict]]:
+    """Runs the command; the records of every part."""
+    args = make_pairs.parse([str(argument) for argument in arguments])
+    make_pairs.write_set(args)
+    files = {part: args.out / f"{part}.jsonl" for part in PARTS}
+    return {
+        part: [json.loads(line) for line in path.read_text().splitlines()]
+        for part, path in files.items()
+        if path.exists()
+    }
+
+
+def pixels(folder: Path, entry: list[dict]) -> np.ndarray:
+    return np.asarray(Image.open(folder / entry[0]["path"]))
+
+
+def brain(path: Path, seed: int = 0, slices: int = 6) -> Path:
+    """A volume of bright slices between two black ones, 40 x 36 pixels of 1 mm."""
+    values = np.random.default_rng(seed).integers(100, 1000, (36, 40, slices), dtype=np.int16)
+    values[..., [0, -1]] = 0
+    return nifti(values, path, zooms=(1, 1, 2), cal_min=0, cal_max=1000)
+
+
+@pytest.fixture(scope="module")
+def patients(tmp_path_factory) -> Path:
+    """Five patients, the first of them scanned twice."""
+    folder = tmp_path_factory.mktemp("bids")
+    for i, name in enumerate(["sub-1_ses-1", "sub-1_ses-2", "sub-2", "sub-3", "sub-4", "sub-5"]):
+        brain(folder / f"{name}_T1w.nii.gz", seed=i)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_set(patients, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("sets") / "brains"
+    made(patients, "--out", out, *NOISE, "--degrade", "downsampling:0.1-1", "--draws", 2)
+    return out
+
+
+def records(folder: Path) -> dict[str, list[dict]]:
+    return {
+        part: [json.loads(line) for line in (folder / f"{part}.jsonl").read_text().splitlines()]
+        for part in PARTS
+    }
+
+
+def test_patients_are_not_divided(patients, one_set):
+    found = {s.name: s.patient for s in find_sources(patients, "sub-[0-9]+")}
+    assert found == {name: name[:5] for name in found} and len(found) == 6
+    owners = {
+        part: {re.search(r"sub-\d", r["volume"]).group() for r in lines}
+        for part, lines in records(one_set).items()
+    }
+    assert [len(owners[part]) for part in PARTS] == [3, 1, 1]
+    assert set.union(*owners.values()) == {f"sub-{i}" for i in range(1, 6)}
+
+
+def test_a_record_says_what_was_done(one_set):
+    """The degraded picture comes again from the clean one and the record alone."""
+    everything = [r for lines in records(one_set).values() for r in lines]
+    assert len(everything) == 6 * 4 * 2 * 2  # black slices are left out
+    assert {r["slice"] for r in everything} == {1, 2, 3, 4}
+    factors = set()
+    for record in everything:
+        clean, degraded = (pixels(one_set, record[k]) for k in ("output_img", "input_img"))
+        done = record["degradation"]
+        assert record["value_range"] == [0.0, 1000.0] and record["unit"] == ""
+        assert clean.dtype == degraded.dtype == np.uint16 and clean.shape == (32, 32)
+        for key, image in (("output_img", clean), ("input_img", degraded)):
+            assert (record[key][0]["height"], record[key][0]["width"]) == image.shape
+        assert record["degrade_type"] == done["name"]
+        again = degrade(done["name"], clean / 65535, done["severity"], np.random.default_rng(0))
+        assert again.parameters == done["parameters"]
+        assert record["main_task_type"] == again.task
+        assert record["message"][1] == {"from": "gpt", "value": again.sentence}
+        if done["name"] == "downsampling":
+            factor = done["parameters"]["factor"]
+            factors.add(factor)
+            expected = low_resolution(clean / 65535, factor)
+            assert np.abs(degraded / 65535 - expected).max() < 2e-5
+        else:
+            assert done["severity"] == 0.4 and done["parameters"]["sigma"] == pytest.approx(0.08)
+            noise = (degraded - clean.astype(float))[clean > 32768] / 65535
+            assert 0.06 < noise.std() < 0.09  # bright pixels are clipped above
+    assert len(factors) > 1
+
+
+def test_clean_images_are_the_slices(patients, one_set):
+    import nibabel
+
+    for record in records(one_set)["train"][:3]:
+        path = patients / f"{record['volume']}.nii.gz"
+        axial = nibabel.load(path).get_fdata()[::-1, ::-1, record["slice"]].T
+        expected = np.round(axial[4:36, 2:34] / 1000 * 65535)  # the middle, multiples of 16
+        assert np.abs(pixels(one_set, record["output_img"]) - expected).max() <= 1
+
+
+def test_the_set_trains_as_it_is(one_set):
+    (group,) = load_mixture(one_set / "mixture.yaml")
+    assert group.image_transform_args.image_stride == 16
+    assert group.vit_image_transform_args.image_stride == 14
+    (dataset_,) = group.datasets
+    lines = read_records(dataset_.jsonl_path)
+    assert len(lines) == len(records(one_set)["train"])
+    for record in lines:
+        assert read_image(dataset_.data_dir / record.input_image).size == record.input_size
+        assert record.instruction and record.assessment
+
+
+def test_equal_arguments_write_equal_files(patients, one_set, tmp_path):
+    arguments = *NOISE, "--degrade", "downsampling:0.1-1", "--draws", 2, "--name", "brains"
+    made(patients, "--out", tmp_path / "same", *arguments, "--workers", 2)
+    files = sorted(p.relative_to(one_set) for p in one_set.rglob("*") if p.is_file())
+    again = sorted(p.relative_to(tmp_path / "same") for p in (tmp_path / "same").rglob("*.*"))
+    assert files == again
+    for file in files:
+        assert (one_set / file).read_bytes() == (tmp_path / "same" / file).read_bytes(), file
+    made(patients, "--out", tmp_path / "other", *arguments, "--seed", 1)
+    inputs = [
+        np.asarray(Image.open(folder / "images" / part / f"{name}_0001_mri_noise_0.png"))
+        for folder in (one_set, tmp_path / "other")
+        for name in ("sub-2_T1w",)
+        for part in PARTS
+        if (folder / "images" / part / f"{name}_0001_mri_noise_0.png").exists()
+    ]
+    assert len(inputs) == 2 and not np.array_equal(*inputs)
+
+
+def test_another_set_is_not_overwritten(patients, one_set):
+    before = (one_set / "train.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"--out .*brains is not empty"):
+        made(patients, "--out", one_set, *NOISE)
+    assert (one_set / "train.jsonl").read_bytes() == before
+
+
+def test_a_single_volume_is_cut_into_slabs_aloud(tmp_path, capsys):
+    path = brain(tmp_path / "alone.nii.gz", slices=60)
+    parts = made(path, "--out", tmp_path / "set", *NOISE, "--gap", 4)
+    found = {part: sorted(r["slice"] for r in lines) for part, lines in parts.items()}
+    assert found["test"] == list(range(27, 33)) and found["val"] == list(range(17, 23))
+    assert found["train"] == [*range(1, 13), *range(37, 59)]
+    said = capsys.readouterr().out
+    assert "WARNING: alone is the only volume" in said
+    assert "test: slices 27 to 32" in said and "val: slices 17 to 22" in said
+    assert "left out: 2 nearly black, 12 in gaps" in said
+    with pytest.raises(ValueError, match="10 slices: too few for --val, --test, --gap"):
+        split_slices(10, 0.1, 0.1, gap=8)
+    with pytest.raises(ValueError, match="too few"):
+        split_slices(60, 0.0, 0.1, gap=8, test_slices=(50, 61))
+
+
+@pytest.mark.parametrize(("count", "val", "test", "gap"), [(60, 0.1, 0.1, 8), (200, 0.2, 0.3, 3)])
+def test_slabs_are_far_apart(count, val, test, gap):
+    parts = split_slices(count, val, test, gap)
+    assert parts.count("val") == round(val * count) and parts.count("test") == round(test * count)
+    for i in range(count):
+        for j in range(max(0, i - gap), i):
+            assert parts[i] is None or parts[j] is None or parts[i] == parts[j]
+
+
+def test_shares_of_patients():
+    names = {f"p{i}" for i in range(40)}
+    parts = split_patients(names, 0.1, 0.2, seed=3)
+    assert parts.keys() == names
+    assert [list(parts.values()).count(part) for part in PARTS] == [28, 4, 8]
+    assert parts == split_patients(names, 0.1, 0.2, seed=3) != split_patients(names, 0.1, 0.2, 4)
+    assert list(split_patients({"a", "b", "c"}, 0.1, 0.1, 0).values()).count("train") == 1
+    with pytest.raises(ValueError, match=r"2 patients are too few for --val 0.1 and --test 0.1"):
+        split_patients({"a", "b"}, 0.1, 0.1, 0)
+
+
+def dicom_folder(folder: Path, owner: str, places: list[float], **fields) -> None:
+    """A series whose files are named against their order; pixels tell the place."""
+    folder.mkdir(parents=True)
+    for i, place in enumerate(places):
+        image = np.full((32, 48), 500 + 10 * place)
+        ds = dataset(image, PatientID=owner, ImagePositionPatient=[-place, 0, 0], **fields)
+        ds.SeriesInstanceUID = fields.get("SeriesInstanceUID", f"1.2.{len(owner)}.{owner[-1]}")
+        ds.ImageOrientationPatient, ds.PixelSpacing = OBLIQUE, [1.5, 1.0]
+        ds.WindowCenter, ds.WindowWidth, ds.VOILUTFunction = 500, 1000, "LINEAR_EXACT"
+        written(ds, folder / f"{len(places) - i:03d}.dcm")
+
+
+def test_dicom_series_go_by_patient_and_position(tmp_path, capsys):
+    scale = {"Modality": "CT", "RescaleSlope": 2, "RescaleIntercept": -1000}
+    for number in "123":
+        dicom_folder(tmp_path / "ct" / f"x{number}", f"Doe{number}", [9, 5, 7], **scale)
+    (tmp_path / "ct" / "DICOMDIR").write_bytes(shipped("DICOMDIR").read_bytes())
+    out = tmp_path / "set"
+    parts = made(tmp_path / "ct", "--out", out, "--degrade", "ct_sparse_views:0.5")
+    assert [len({r["volume"] for r in parts[p]}) for p in PARTS] == [1, 1, 1]
+    assert "Doe" not in "".join((out / f"{p}.jsonl").read_text() for p in PARTS)
+    for lines in parts.values():
+        values = []
+        for record in sorted(lines, key=lambda r: r["slice"]):
+            assert (record["unit"], record["value_range"]) == ("HU", [0.0, 1000.0])
+            known = record["degradation"]["parameters"]
+            assert (known["hu_low"], known["hu_high"], known["pixel_mm"]) == (0.0, 1000.0, 1.0)
+            image = pixels(out, record["output_img"])
+            # 32 rows of 1.5 mm and 48 columns of 1 mm become square pixels of 1 mm.
+            assert image.shape == (48, 48) and image.dtype == np.uint16
+            values.append(round(float(image.mean()) / 65535 * 1000))
+        assert values == [100, 140, 180]  # 2 (500 + 10 place) - 1000 HU, by place
+    assert "left out: 1 DICOM files, the first is" in capsys.readouterr().out
+
+
+def test_one_series_of_several_is_chosen(tmp_path):
+    for name, uid in (("T1 axial", "1.2.3"), ("T2 axial", "1.2.4")):
+        fields = {"SeriesInstanceUID": uid, "SeriesDescription": name}
+        dicom_folder(tmp_path / "mr" / uid, "Roe", list(range(12)), **fields)
+    shares = "--val", 0, "--test", 0.2, "--gap", 2, *NOISE
+    with pytest.raises(ValueError, match=r"one patient with several volumes: .*--series"):
+        made(tmp_path / "mr", "--out", tmp_path / "both", *shares)
+    uncut = made(tmp_path / "mr", "--out", tmp_path / "all", *NOISE, "--val", 0, "--test", 0)
+    assert uncut.keys() == {"train"} and len(uncut["train"]) == 24
+    for chosen in ("t2", "1.2.4"):
+        parts = made(tmp_path / "mr", "--out", tmp_path / chosen, *shares, "--series", chosen)
+        assert len({r["volume"] for r in parts["train"]}) == 1
+
+
+def test_folders_of_images(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for patient in "abcd":
+        (tmp_path / "fundus" / patient).mkdir(parents=True)
+        for eye in ("left", "right"):
+            image = rng.integers(30, 250, (33, 50, 3), dtype=np.uint8)
+            Image.fromarray(image).save(tmp_path / "fundus" / patient / f"{eye}.png")
+    (tmp_path / "fundus" / "a" / "broken.png").write_bytes(b"\x89PNG")
+    out = tmp_path / "set"
+    parts = made(tmp_path / "fundus", "--out", out, "--degrade", "fundus_blur:0.5")
+    everything = [r for lines in parts.values() for r in lines]
+    assert {r["volume"] for r in everything} <= set("abcd")
+    assert [len({r["volume"] for r in parts[p]}) for p in PARTS[1:]] == [1, 1]
+    for record in everything:
+        assert pixels(out, record["output_img"]).shape == (32, 48, 3)
+        assert record["value_range"] == [0.0, 255.0] and record["unit"] == ""
+    assert re.search(r"left out: .*broken.png", said := capsys.readouterr().out)
+    assert "left out: 1 with errors" in said and len(everything) == 8
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i in range(12):
+        Image.fromarray(rng.integers(30, 250, (16, 16), np.uint8)).save(flat / f"p{i // 4}_{i}.png")
+    found = made(flat, "--out", tmp_path / "one", *NOISE, "--val", 0, "--gap", 1)
+    assert {r["volume"] for r in found["train"]} == {"flat"}
+    assert "WARNING: flat is the only volume" in capsys.readouterr().out
+    found = made(flat, "--out", tmp_path / "three", *NOISE, "--patient", r"(p\d)_")
+    named = [{r["volume"] for r in found[part]} for part in PARTS]
+    assert set.union(*named) == {f"flat_p{i}" for i in range(3)}
+    assert [len(lines) for lines in found.values()] == [4, 4, 4]
+
+
+def test_sizes_and_bits(tmp_path):
+    path = brain(tmp_path / "v.nii.gz", slices=40)
+    sized = "--size", 48, 16, "--spacing", 2, "--bits", 8, "--val", 0
+    parts = made(path, "--out", tmp_path / "s", *NOISE, *sized)
+    image = pixels(tmp_path / "s", parts["train"][0]["output_img"])
+    assert image.shape == (48, 16) and image.dtype == np.uint8
+    axial = read_scan(path, frame=parts["train"][0]["slice"]).image_01()
+    small = axial.reshape(20, 2, 18, 2).mean((1, 3))  # 40 x 36 mm
+    assert np.abs(image[14:34] / 255 - small[:, 1:17]).max() < 0.5 / 255 + 1e-6
+    assert not image[:14].any() and not image[34:].any()
+    odd = np.random.default_rng(0).random((41, 37)).astype(np.float32)
+    means = odd[:40, :36].reshape(20, 2, 18, 2).mean((1, 3))
+    assert np.abs(make_pairs._resampled(odd, (1.0, 1.0), 2.0) - means).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--degrade", "mri_noize:0.5"), "did you mean 'mri_noise'"),
+        (("--degrade", "mri_noise:0.5-1.5"), "severities are above 0 and at most 1"),
+        (("--degrade", "mri_noise"), "is no NAME:SEVERITY or NAME:LOW-HIGH"),
+        ((*NOISE, "--axis", "axal"), "invalid choice"),
+    ],
+)
+def test_arguments_that_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        make_pairs.parse(["scan.nii", "--out", "set", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_sources_that_give_no_set(tmp_path, patients):
+    out = tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no volume in .*empty"):
+        made(tmp_path / "empty", "--out", out, *NOISE)
+    with pytest.raises(ValueError, match=r"--degrade mri_noise stands twice"):
+        made(patients, "--out", out, *NOISE, *NOISE)
+    with pytest.raises(ValueError, match=r"--texts blur is for none of --degrade mri_noise"):
+        made(patients, "--out", out, *NOISE, "--texts", "blur", "a", "b")
+    with pytest.raises(ValueError, match=r"nowhere.dcm"):
+        made(tmp_path / "nowhere.dcm", "--out", out, *NOISE)
+    with pytest.raises(ValueError, match=r"--test_slices is for a single volume"):
+        made(patients, "--out", out, *NOISE, "--test_slices", 1, 2)
+    with pytest.raises(ValueError, match=r"no slice is left to train with.*nearly black"):
+        made(patients, "--out", out, *NOISE, "--value_range", 2000, 3000)
+    with pytest.raises(ValueError, match="several volumes are called sub-2_T1w"):
+        twice = patients / "sub-2_T1w.nii.gz"
+        made(twice, twice, "--out", out, *NOISE)
+    with pytest.raises(ValueError, match=r"--image_rule"):
+        made(patients, "--out", out, *NOISE, "--image_rule", 64, 128, 64)
+    with pytest.raises(ValueError, match=r"histology_stain: needs a colour image"):
+        made(patients, "--out", out, "--degrade", "histology_stain:0.5")
+
+
+def test_every_task_has_an_instruction():
+    tasks = {entry.task for entry in make_pairs.DEGRADATIONS.values()}
+    assert tasks == make_pairs.INSTRUCTIONS.keys()
+
+
+def test_the_demo_makes_the_pairs_that_its_checkpoint_knows():
+    """Its command repeats values of the recipe; they must not drift apart."""
+    script = (ROOT / "scripts/tiny/demo.sh").read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"make_pairs\.py (.*)", script)
+    args = make_pairs.parse(shlex.split(command))
+    held_out = tiny.HELD_OUT_SLICES_MM
+    assert args.test_slices == [held_out.start, held_out.stop]
+    assert args.size == [tiny.SLICE_HEIGHT, tiny.SLICE_WIDTH]
+    rules = [ResizeRule(**rule) for rule in recipe.RULES.values()]
+    for rule, sizes in zip(rules, (args.image_rule, args.vit_rule), strict=True):
+        assert [rule.image_stride, rule.max_image_size, rule.min_image_size] == sizes
+    noise, resolution = (
+        make_pairs.DEGRADATIONS[name].parameters(low) for name, low, high in args.degrade
+    )
+    assert noise["sigma"] == pytest.approx(recipe.TEST_SIGMA)
+    assert resolution["factor"] == recipe.TEST_FACTOR
+    assert args.texts == [
+        ["mri_noise", recipe.INSTRUCTIONS["denoising"], recipe.NOISE[recipe.TEST_SIGMA]],
+        ["downsampling", recipe.INSTRUCTIONS["super-resolution"], recipe.BLUR[recipe.TEST_FACTOR]],
+    ]
+    trained = tiny.TRAIN_SLICES_MM
+    assert (
+        trained[0].stop <= held_out.start - args.gap
+        and held_out.stop + args.gap <= trained[1].start
+    )
+
+
+def test_the_page_shows_what_the_commands_print(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "data.md").read_text()
+    blocks = re.findall(r"```\n\$ python scripts/tools/make_pairs\.py (.*)\n([^`]*)```", page)
+    assert [shlex.split(command)[0] for command, _ in blocks] == ["brain.nii.gz", "dicom"]
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tiny.ICBM152, "brain.nii.gz")
+    shutil.copytree(shipped("DICOMDIR").parent, "dicom")
+    for command, printed in blocks:
+        made(*shlex.split(command))
+        assert capsys.readouterr().out == printed
