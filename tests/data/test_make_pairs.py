@@ -13,7 +13,7 @@ from PIL import Image
 from data.config import load_mixture
 from data.degradations import degrade, low_resolution
 from data.images import read_image, read_scan
-from data.records import read_records
+from data.sources import JsonlRecords, good_records
 from data.transforms import ResizeRule
 from scripts.tiny import images as tiny
 from scripts.tiny import make_pairs as recipe
@@ -128,10 +128,10 @@ def test_the_set_trains_as_it_is(one_set):
     assert group.image_transform_args.image_stride == 16
     assert group.vit_image_transform_args.image_stride == 14
     (dataset_,) = group.datasets
-    lines = read_records(dataset_.jsonl_path)
+    lines = [*good_records(JsonlRecords(dataset_.jsonl_path))]
     assert len(lines) == len(records(one_set)["train"])
     for record in lines:
-        assert read_image(dataset_.data_dir / record.input_image).size == record.input_size
+        assert read_image(dataset_.data_dir / record.input_image).size == record.inputs[0].size
         assert record.instruction and record.assessment
 
 
