@@ -178,7 +178,11 @@ def _group(where: str, name: str, content: Any, root: str) -> GroupConfig:
     for key in RULES:
         if key in group:
             here = f"{_at(where, content, key)}.{key}"
-            group[key] = ResizeRule(**_checked(here, group[key], ResizeRule))
+            rule = _checked(here, group[key], ResizeRule)
+            try:
+                group[key] = ResizeRule(**rule)
+            except ValueError as error:
+                raise ValueError(f"{here}: {error}") from error
     if not isinstance(group["datasets"], list) or not group["datasets"]:
         raise ValueError(f"{where}: needs at least one data set")
     group["datasets"] = tuple(

@@ -6,7 +6,7 @@ group. Both stay in shared memory or are small, so workers get them for nothing.
 
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -15,22 +15,6 @@ from .files import Place, files_of, open_binary
 from .records import RESTORATION, Form, Record, RecordError, parse_record, record_of
 
 BLOCK_BYTES = 2**24
-
-
-class Records(Protocol):
-    """A file's records by number; one that cannot be used raises RecordError when it is read."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Record: ...
-    def order(self, rng: np.random.Generator) -> np.ndarray:
-        """All numbers in a random order that is quick to read."""
-
-
-def good_records(records: Records) -> Iterator[Record]:
-    """All that can be read, in the order of the file."""
-    for index in range(len(records)):
-        with suppress(RecordError):
-            yield records[index]
 
 
 class JsonlRecords:
@@ -69,6 +53,7 @@ class JsonlRecords:
         return vars(self) | {"_file": None}
 
     def order(self, rng: np.random.Generator) -> np.ndarray:
+        """All numbers in a random order that is quick to read."""
         return rng.permutation(len(self))
 
 
@@ -149,6 +134,17 @@ class ParquetRecords:
     def order(self, rng: np.random.Generator) -> np.ndarray:
         groups = rng.permutation(len(self._groups))
         return np.concatenate([rng.permutation(np.arange(*self._ends[g : g + 2])) for g in groups])
+
+
+Records = JsonlRecords | ParquetRecords
+"""Records by number; one that cannot be used raises RecordError when it is read."""
+
+
+def good_records(records: Records) -> Iterator[Record]:
+    """All that can be read, in the order of the file."""
+    for index in range(len(records)):
+        with suppress(RecordError):
+            yield records[index]
 
 
 def _parquet_file(opened: BinaryIO) -> Any:

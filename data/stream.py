@@ -159,10 +159,11 @@ class Planner:
     def next_pack(self) -> list[Draw]:
         """Raises ValueError when sample after sample cannot be used."""
         pack: list[Draw] = []
-        tokens, first = 0, iter(self.mandatory)
-        while (shares := next(first, None)) is not None or tokens < self.config.expected_num_tokens:
-            draw = self._next_that_fits(tokens, self.shares if shares is None else shares)
-            if draw is None:
+        tokens = 0
+        while len(pack) < len(self.mandatory) or tokens < self.config.expected_num_tokens:
+            rest = len(pack) >= len(self.mandatory)
+            shares = self.shares if rest else self.mandatory[len(pack)]
+            if (draw := self._next_that_fits(tokens, shares)) is None:
                 break
             pack.append(draw)
             tokens += draw.tokens

@@ -316,6 +316,11 @@ def test_groups_by_name_task_and_old_class(tmp_path):
         ("weight", True, "weight=True is no float"),
         ("weight", float("inf"), "must be positive and finite"),
         ("shuffle_seed", -1, "is negative"),
+        (
+            "image_transform_args",
+            {"image_stride": 16, "max_image_size": 32, "min_image_size": 64},
+            "mixture.yaml:6: restoration.image_transform_args: image sizes must satisfy",
+        ),
         ("shuffle_seed", 1.5, "is no int"),
         ("datasets", [{"name": "d"}], "needs jsonl_path or parquet_path"),
         ("datasets", [{"name": 5, "jsonl_path": "x"}], "name=5 is no str"),

@@ -110,6 +110,15 @@ def test_parquet_rows(captions):
         ParquetRecords(captions / "none", FORM)
 
 
+def test_parquet_rows_at_a_url(captions):
+    fsspec.filesystem("memory").put(f"{captions}/", "/rows", recursive=True)
+    here, there = ParquetRecords(captions, FORM), ParquetRecords("memory://rows", FORM)
+    assert [r.outputs[0].content for r in there] == [r.outputs[0].content for r in here]
+    assert there[8].source == "memory:///rows/b.parquet:2"
+    assert len(ParquetRecords("memory://rows/a.parquet", FORM)) == 7
+    assert len(pickle.loads(pickle.dumps(there))) == 11
+
+
 def test_an_epoch_of_parquet_reads_every_group_once(captions, monkeypatch):
     records, read = ParquetRecords(captions, FORM), []
     opened = sources._parquet_file

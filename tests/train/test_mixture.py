@@ -120,3 +120,13 @@ def test_ranks_skip_and_count_together(checkpoint, five_sets, tmp_path):
     assert totals[0] == totals[1] and totals[0][2]["skipped/mr/unreadable_image"] > 0
     states = [json.loads((f / "0000003/trainer_state.json").read_text()) for f in (pair, alone)]
     assert states[0]["loader"] == states[1]["loader"]
+
+
+def test_too_many_bad_images_end_all_ranks(checkpoint, five_sets, tmp_path):
+    """A third of the `mr` images is damaged; no rank waits for the other."""
+    sizes = {"expected_num_tokens": 300, "max_num_tokens": 400, "max_bad_share": 0.1}
+    common, quick = (checkpoint, five_sets), {"total_steps": 200, "num_shard": 2}
+    codes, texts = ended(common, tmp_path / "run", ranks=2, **quick, **sizes)
+    assert 0 not in codes
+    told = "samples cannot be used, more than max_bad_share=0.1: "
+    assert any(told in text and "first " in text for text in texts), texts
