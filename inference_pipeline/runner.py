@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 
 from data.images import read_image
-from data.records import Record, RecordError, parse_record
+from data.records import IMAGE_TAG, Record, RecordError, parse_record
 from data.scores import references
 from modeling.bagel.generation import SamplingConfig, TextConfig
 from modeling.pretrained import MANIFEST
@@ -256,6 +256,11 @@ class _Batch:
         record, root = sample.record, self.config.image_root
         if record.output_image is None:
             raise RecordError(f"{record.source}: output_img is missing: nothing to compare with")
+        tags = sum(text.count(IMAGE_TAG) for who, text in record.messages if who == "human")
+        if tags > len(record.inputs):
+            raise RecordError(
+                f"{record.source}: {tags} {IMAGE_TAG} for {len(record.inputs)} images"
+            )
         if not record.instruction:
             raise RecordError(f"{record.source}: the instruction is empty")
         return _Pair(

@@ -192,7 +192,7 @@ def test_a_failing_batch_does_not_take_its_neighbours_along(restorer, pairs, fin
 
 
 def test_images_of_every_kind(restorer, pairs, tmp_path):
-    """A dot, 16-bit grey, RGBA, palette and a large image; then too many pixels and cut bytes."""
+    """A dot, 16-bit grey, RGBA, palette, 20 megapixels; then one more, and a tag without image."""
     rng = np.random.default_rng(0)
     grey16 = (rng.random((40, 50)) * 65535).astype(np.uint16)
     made = {
@@ -211,17 +211,20 @@ def test_images_of_every_kind(restorer, pairs, tmp_path):
                 "main_task_type": name,
                 "input_img": [{"path": f"{name}.png"}],
                 "output_img": [{"path": f"{name}.png"}],
-                "message": [{"from": "human", "value": "<image><image>\nRemove the noise."}],
+                "message": [{"from": "human", "value": "<image>\nRemove the noise."}],
             }
         )
+    twice = [{"from": "human", "value": "<image> and <image>\nRemove the noise."}]
+    lines.append(lines[0] | {"main_task_type": "tags", "message": twice})
     test_set = tmp_path / "test.jsonl"
     test_set.write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = config(tmp_path, tmp_path / "out", annotation_file=test_set, batch_size=3)
     statistics = run(restorer, settings)
     found = {r["main_task_type"]: r for r in results(tmp_path / "out")}
-    assert [name for name, r in found.items() if "error" in r] == ["huge"]
+    assert [name for name, r in found.items() if "error" in r] == ["huge", "tags"]
+    assert "2 <image> for 1 images" in found["tags"]["error"]
     assert "20000000 pixels" in found["huge"]["error"]
-    assert statistics["overall"]["n_failed"] == 1
+    assert statistics["overall"]["n_failed"] == 2
     for name in made.keys() - {"huge"}:
         size = Image.open(tmp_path / "out" / found[name]["pred_img"]).size
         assert size == restorer.task.vae_rule.size(*made[name].size)
