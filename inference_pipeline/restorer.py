@@ -39,7 +39,7 @@ DEFAULT_RULES = {
     "image_transform_args": {"image_stride": 16, "max_image_size": 2048, "min_image_size": 128},
     "vit_image_transform_args": {"image_stride": 14, "max_image_size": 518, "min_image_size": 224},
 }
-"""Resize rules of the users' batch script, for folders that do not say theirs."""
+"""Resize rules of the users' batch script, for folders that do not say theirs, or not both."""
 THINK = (
     "Before you answer, reason about what is asked and what the image shows, step by step, "
     "between <think> and </think>. Then give the result."
@@ -116,7 +116,7 @@ class Restorer:
         """
         model, report = load_pretrained(folder, weights, **options)
         path = Path(folder) / PREPROCESSOR_FILE
-        rules = json.loads(path.read_text()) if path.exists() else DEFAULT_RULES
+        rules = DEFAULT_RULES | (json.loads(path.read_text()) if path.exists() else {})
         task = RestorationTask(Tokenizer(folder), *(ResizeRule(**rules[name]) for name in RULES))
         task.require_strides(model.config.latent_stride, model.config.vit_patch)
         return cls(spread(model.eval(), max_memory) if max_memory else model.eval(), task, report)
