@@ -40,7 +40,7 @@ DEFAULT_RULES: Rules = {
     "image_transform_args": {"image_stride": 16, "max_image_size": 2048, "min_image_size": 128},
     "vit_image_transform_args": {"image_stride": 14, "max_image_size": 518, "min_image_size": 224},
 }
-"""Resize rules of the users' second batch script, for folders that do not say theirs."""
+"""Resize rules of the users' second batch script, for folders that say none or one of them."""
 FIRST_RULES: Rules = {
     **DEFAULT_RULES,
     "image_transform_args": {"image_stride": 16, "max_image_size": 1024, "min_image_size": 512},
@@ -124,7 +124,8 @@ class Restorer:
         """
         model, report = load_pretrained(folder, weights, **options)
         path = Path(folder) / PREPROCESSOR_FILE
-        rules = json.loads(path.read_text()) if path.exists() else rules or DEFAULT_RULES
+        own = json.loads(path.read_text()) if path.exists() else {}
+        rules = {**(rules or DEFAULT_RULES), **own}
         task = RestorationTask(Tokenizer(folder), *(ResizeRule(**rules[name]) for name in RULES))
         task.require_strides(model.config.latent_stride, model.config.vit_patch)
         return cls(spread(model.eval(), max_memory) if max_memory else model.eval(), task, report)

@@ -347,6 +347,22 @@ def test_a_mandatory_group_begins_every_pack(checkpoint, three_sets, tmp_path):
     assert packs.planner.packed[first] == 20
 
 
+def test_inference_gets_the_rules_of_the_first_group_that_has_them(checkpoint, tmp_path):
+    write_pairs(tmp_path, 1)
+    dataset = {"name": "d", "jsonl_path": "${data_root}/train.jsonl"}
+    vae, vit = RULES
+    larger = {name: rule | {"max_image_size": 56} for name, rule in RULES.items()}
+    content = {
+        "vlm_sft": {vit: RULES[vit], "datasets": [dataset]},
+        "restoration": larger | {"datasets": [dataset]},
+        "more": RULES | {"task": "restoration", "datasets": [dataset]},
+    }
+    (path := tmp_path / "mixture.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    rules = loader(checkpoint, path).resize_rules
+    sizes = {name: rule["max_image_size"] for name, rule in rules.items()}
+    assert sizes == {vae: 56, vit: RULES[vit]["max_image_size"]}
+
+
 def test_weights_of_data_sets_and_a_shuffle_before_the_cut(checkpoint, three_sets, tmp_path):
     path = write_mixture(tmp_path / "mixture.yaml", *three_sets[1:])
     content = yaml.safe_load(path.read_text())

@@ -206,6 +206,21 @@ def test_lengths_are_those_of_the_packed_samples(checkpoint, tmp_path):
             assert packing.num_tokens(outline) == packer.num_tokens == packer.build().num_tokens
 
 
+def test_lengths_follow_the_choice_of_a_caption(checkpoint, tmp_path):
+    write_pairs(tmp_path, 3)
+    lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    text = "\n".join(json.dumps(x | {"captions": ["a", "bcd " * 9]}) for x in lines)
+    (tmp_path / "train.jsonl").write_text(text)
+    mixture = write_mixture(tmp_path / "mixture.yaml", tmp_path, task="text_to_image")
+    stream, found = planner(checkpoint, mixture), set()
+    for _ in range(12):
+        pack = stream.next_pack()
+        batch, bad = stream.decode(pack)
+        assert batch.sample_lens == tuple(draw.tokens for draw in pack) and not bad
+        found |= {(draw.record, draw.tokens) for draw in pack}
+    assert len(found) == 2 * 3
+
+
 @pytest.mark.parametrize("size", [(None, 8), (8, 0), (8, -1), ("8", 8), (8.0, 8), (True, 8)])
 def test_what_is_no_size_is_not_stated(size):
     assert parse_record(record(*size, "x"), "x:1").inputs[0].size is None
