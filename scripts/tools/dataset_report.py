@@ -1,0 +1,121 @@
+"""What `check_dataset.py` writes: a text, a table, a sheet of pairs."""
+
+import argparse
+import csv
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from data.images import ImageError
+from data.records import RecordError
+from data.stream import Dataset, Planner
+from data.tasks import open_image
+
+from .dataset_checks import Checker, Finding
+
+REPORT, TABLE, SHEET = "report.txt", "report.csv", "contact_sheet.png"
+TILE, LINE = 192, 16
+"""Pixels of a picture's sides, and of a line of text."""
+MAX_SHOWN = 4
+"""Images of a record on the sheet."""
+
+
+def write(
+    args: argparse.Namespace,
+    checker: Checker,
+    findings: Sequence[Finding],
+    lengths: Sequence[Counter[int]],
+    notes: Sequence[str],
+) -> str:
+    """Writes the files; returns the report without its findings."""
+    planner, folder = checker.planner, args.output_dir
+    try:
+        packs = packing(planner, args.num_packs)
+    except ValueError as error:
+        packs = f"packing: {error}"
+    text = "\n".join([summary(checker, findings, lengths), packs, *notes, ""])
+    (folder / REPORT).write_text("\n".join([text, *map(str, findings), ""]))
+    write_table(folder / TABLE, findings)
+    contact_sheet(planner.datasets, args.num_pairs, args.data_seed).save(folder / SHEET)
+    return f"{text}{len(findings)} findings: {folder / REPORT}, {TABLE}, {SHEET}"
+
+
+def summary(checker: Checker, findings: Sequence[Finding], lengths: Sequence[Counter[int]]) -> str:
+    """Records, findings by reason and token lengths of every data set."""
+    rows = [["data set", "records", "good", "tokens: least", "median", "95 %", "most", "findings"]]
+    for dataset, counts in zip(checker.sets, lengths, strict=True):
+        own = [found for found in findings if found.dataset == dataset.name]
+        bad, reasons = len({found.source for found in own}), Counter(f.reason for f in own)
+        tokens = np.repeat(sorted(counts), [counts[n] for n in sorted(counts)])
+        of_tokens = np.quantile(tokens, (0, 0.5, 0.95, 1), method="higher") if counts else "----"
+        told = ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items()))
+        total = len(dataset.records)
+        rows.append([dataset.name, *map(str, (total, total - bad, *of_tokens)), told])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def packing(planner: Planner, packs: int) -> str:
+    """How full the first packs of the stream are; raises ValueError when there are none."""
+    found = [planner.next_pack() for _ in range(packs)]
+    tokens, samples = (sum(draw.tokens for p in found for draw in p), sum(map(len, found)))
+    most = planner.config.max_num_tokens
+    share = tokens / (packs * most)
+    return f"packing: {share:.1%} of max_num_tokens={most}, {samples / packs:.1f} samples a pack"
+
+
+def write_table(path: Path, findings: Sequence[Finding]) -> None:
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["dataset", "file", "line", "reason", "message"])
+        for found in findings:
+            name, _, line = found.source.rpartition(":")
+            table.writerow([found.dataset, name, line, found.reason, found.message])
+
+
+def contact_sheet(datasets: Sequence[Dataset], count: int, seed: int) -> Image.Image:
+    """Random records that can be read: their images, inputs first, and their texts."""
+    rng, strips = np.random.default_rng(seed), list[Image.Image]()
+    for dataset, index in _drawn(datasets, count, rng):
+        with suppress(RecordError, ImageError):
+            strips.append(_strip(dataset, index))
+        if len(strips) == count:
+            break
+    sheet = Image.new("RGB", ((MAX_SHOWN + 2) * TILE, max(1, len(strips) * TILE)), "white")
+    for place, strip in enumerate(strips):
+        sheet.paste(strip, (0, place * TILE))
+    return sheet
+
+
+def _drawn(
+    datasets: Sequence[Dataset], count: int, rng: np.random.Generator
+) -> Iterator[tuple[Dataset, int]]:
+    """Up to `count` records of each data set, one after the other of each."""
+    numbers = (rng.choice(n, min(n, count), False) for n in (len(d.records) for d in datasets))
+    for row in zip_longest(*numbers):
+        yield from ((d, int(n)) for d, n in zip(datasets, row, strict=True) if n is not None)
+
+
+def _strip(dataset: Dataset, index: int) -> Image.Image:
+    record = dataset.records[index]
+    shown = [*record.inputs, *record.outputs][:MAX_SHOWN]
+    strip = Image.new("RGB", ((MAX_SHOWN + 2) * TILE, TILE), "white")
+    for place, ref in enumerate(shown):
+        image = open_image(dataset.folder, ref)
+        strip.paste(ImageOps.contain(image, (TILE - LINE, TILE - LINE)), (place * TILE, 0))
+    name = f"{dataset.name}:{record.source.rpartition(':')[2]}"
+    said = [name, *(f"{who}: {text}" for who, text in record.messages)]
+    place = len(shown) * TILE
+    columns = (strip.width - place) * 2 // LINE
+    lines = [line for text in said for line in textwrap.wrap(text, columns)]
+    font, drawn = ImageFont.load_default(LINE * 3 // 4), ImageDraw.Draw(strip)
+    for row, line in enumerate(lines[: TILE // LINE]):
+        drawn.text((place, row * LINE), line, fill="black", font=font)
+    return strip
