@@ -187,7 +187,7 @@ def joined_states(states: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def end_with_the_parent(_: int) -> None:
-    """Begins each worker. Torch ends it with its parent, which is the server and outlives a SIGKILL."""
+    """Begins a worker. Torch ends it with its parent, the server, which outlives a SIGKILL."""
     trainer = multiprocessing.parent_process()
 
     def wait() -> None:

@@ -107,7 +107,7 @@ def translate(info: Path, config: Path, old_root: str) -> tuple[dict[str, Any], 
                 raise ValueError(f"{where}: not among the {holder}; {nearest(name, known)}")
         group = checked(where, values, Group)
         for key in {*RULES} & {*group}:
-            checked(f"{at_line(where, values, key)}.{key}", group[key], ResizeRule)
+            group[key] = checked(f"{at_line(where, values, key)}.{key}", group[key], ResizeRule)
         notes += [f"{where}: {key}: {why}" for key, why in LEFT_OUT.items() if group.pop(key, None)]
         for part, own in _parts(where, name, group):
             rows = zip(own.pop("dataset_names"), own.pop("num_used_data"), strict=True)
