@@ -1,6 +1,7 @@
 """A fork's DATASET_INFO and YAML -> a mixture that loads, or an error with file and line."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,7 @@ def test_the_mixture_loads_from_another_root(tmp_path, capsys):
     written(tmp_path)
     status, mixture = migrated(tmp_path)
     assert status == 0 and str(tmp_path) not in mixture.read_text()
+    assert not re.search(r": [&*]", mixture.read_text())  # every group says all of its own
     moved = tmp_path / "moved"
     for name in ("ixi/train.jsonl", "lists/eyeq.jsonl", "lists/talk.jsonl", "parquet/0.parquet"):
         (moved / name).parent.mkdir(parents=True, exist_ok=True)

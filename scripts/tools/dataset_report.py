@@ -4,10 +4,8 @@ import argparse
 import csv
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -41,7 +39,11 @@ def write(
         packs = f"packing: {error}"
     text = "\n".join([summary(checker, findings, lengths), packs, *notes, ""])
     (folder / REPORT).write_text("\n".join([text, *map(str, findings), ""]))
-    write_table(folder / TABLE, findings)
+    with (folder / TABLE).open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["dataset", "file", "line", "reason", "message"])
+        for dataset, source, reason, message in findings:
+            table.writerow([dataset, *source.rsplit(":", 1), reason, message])
     contact_sheet(planner.datasets, args.num_pairs, args.data_seed).save(folder / SHEET)
     return f"{text}{len(findings)} findings: {folder / REPORT}, {TABLE}, {SHEET}"
 
@@ -64,6 +66,7 @@ def summary(checker: Checker, findings: Sequence[Finding], lengths: Sequence[Cou
 
 def packing(planner: Planner, packs: int) -> str:
     """How full the first packs of the stream are; raises ValueError when there are none."""
+    packs = max(packs, 1)
     found = [planner.next_pack() for _ in range(packs)]
     tokens, samples = (sum(draw.tokens for p in found for draw in p), sum(map(len, found)))
     most = planner.config.max_num_tokens
@@ -71,36 +74,20 @@ def packing(planner: Planner, packs: int) -> str:
     return f"packing: {share:.1%} of max_num_tokens={most}, {samples / packs:.1f} samples a pack"
 
 
-def write_table(path: Path, findings: Sequence[Finding]) -> None:
-    with path.open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["dataset", "file", "line", "reason", "message"])
-        for found in findings:
-            name, _, line = found.source.rpartition(":")
-            table.writerow([found.dataset, name, line, found.reason, found.message])
-
-
 def contact_sheet(datasets: Sequence[Dataset], count: int, seed: int) -> Image.Image:
     """Random records that can be read: their images, inputs first, and their texts."""
     rng, strips = np.random.default_rng(seed), list[Image.Image]()
-    for dataset, index in _drawn(datasets, count, rng):
+    sizes = [(dataset, len(dataset.records)) for dataset in datasets]
+    drawn = [(d, int(i)) for d, n in sizes for i in rng.choice(n, min(n, 4 * count), False)]
+    for place in rng.permutation(len(drawn)):
         with suppress(RecordError, ImageError):
-            strips.append(_strip(dataset, index))
+            strips.append(_strip(*drawn[place]))
         if len(strips) == count:
             break
     sheet = Image.new("RGB", ((MAX_SHOWN + 2) * TILE, max(1, len(strips) * TILE)), "white")
     for place, strip in enumerate(strips):
         sheet.paste(strip, (0, place * TILE))
     return sheet
-
-
-def _drawn(
-    datasets: Sequence[Dataset], count: int, rng: np.random.Generator
-) -> Iterator[tuple[Dataset, int]]:
-    """Up to `count` records of each data set, one after the other of each."""
-    numbers = (rng.choice(n, min(n, count), False) for n in (len(d.records) for d in datasets))
-    for row in zip_longest(*numbers):
-        yield from ((d, int(n)) for d, n in zip(datasets, row, strict=True) if n is not None)
 
 
 def _strip(dataset: Dataset, index: int) -> Image.Image:

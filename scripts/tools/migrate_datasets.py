@@ -8,6 +8,7 @@ The Python file is read, not run. Ends with 0, or with 2 and what cannot be tran
 
 import argparse
 import ast
+import copy
 import os
 import sys
 from collections.abc import Iterator
@@ -128,7 +129,7 @@ def _parts(where: str, name: str, group: dict[str, Any]) -> Iterator[tuple[str, 
     """A class with several groups -> each of them, with the values that are its own."""
     names = group["dataset_names"]
     for part in names if isinstance(names, dict) else [""]:
-        own = {"weight": 1, "num_used_data": 0} | group
+        own = {"weight": 1, "num_used_data": 0} | copy.deepcopy(group)
         for key in ("dataset_names", "weight", "num_used_data"):
             if isinstance(own[key], dict):
                 if part not in own[key]:
