@@ -152,6 +152,8 @@ def test_every_name_that_stands_twice_is_told_with_both_lines(tmp_path, capsys):
         ),
         ("old.yaml", "unified_edit", "edit_sequence", "old.yaml:15: edit_sequence: not among the "),
         ("old.yaml", "[talk]", "[talks]", "'talks' is not in "),
+        ("old.yaml", "[talk]", "talk", "SftJSONLIterableDataset_TextOnly: dataset_names must be"),
+        ("old.yaml", "unified_edit", "7", "old.yaml:15: 7: not among the tasks; known are ["),
         (
             "old.yaml",
             "[1]",

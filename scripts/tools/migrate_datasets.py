@@ -101,7 +101,7 @@ def translate(info: Path, config: Path, old_root: str) -> tuple[dict[str, Any], 
         raise ValueError(f"{config}: a mapping of classes is expected")
     mixture: dict[str, Any] = {}
     notes: list[str] = []
-    for name, values in content.items():
+    for name, values in ((str(key), values) for key, values in content.items()):
         where = f"{config}:{content.lines[name]}: {name}"
         for known, holder in ((TASKS, "tasks"), (table, str(info))):
             if name not in known:
@@ -135,6 +135,8 @@ def _parts(where: str, name: str, group: dict[str, Any]) -> Iterator[tuple[str, 
                 if part not in own[key]:
                     raise ValueError(f"{where}: {key} has no entry for {part!r}")
                 own[key] = own[key][part]
+        if not isinstance(own["dataset_names"], list):
+            raise ValueError(f"{where}: dataset_names must be lists")
         count, used = len(own["dataset_names"]), own["num_used_data"]
         own["num_used_data"] = used if isinstance(used, list) else [used] * count
         if len(own["num_used_data"]) != count:
@@ -144,7 +146,7 @@ def _parts(where: str, name: str, group: dict[str, Any]) -> Iterator[tuple[str, 
 
 def _dataset(where: str, name: str, used: int, info: Path, known: Lined) -> dict[str, Any]:
     if name not in known:
-        raise ValueError(f"{where}: {name!r} is not in {info}; {nearest(name, known)}")
+        raise ValueError(f"{where}: {name!r} is not in {info}; {nearest(name, map(str, known))}")
     here = f"{info}:{known.lines[name]}: {name}"
     entry = checked(here, known[name], Entry)
     if not {"jsonl_path", "data_dir"} & {*entry}:
