@@ -77,8 +77,8 @@ def load_mixture(path: str | Path, data_root: str | Path | None = None) -> tuple
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"dataset_config_file={path}: there is no such file")
-    content = read_yaml(path, _Loader)
-    if not isinstance(content, _Mapping) or not content:
+    content = read_yaml(path, LinedLoader)
+    if not isinstance(content, Lined) or not content:
         raise ValueError(f"{path}: a mapping of tasks is expected")
     root = str(data_root or path.parent.resolve())
     return tuple(
@@ -95,17 +95,17 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
         raise ValueError(f"{path}: no YAML: {error}") from error
 
 
-class _Mapping(dict[Hashable, Any]):
+class Lined(dict[Hashable, Any]):
     """A mapping that knows the lines of its keys."""
 
     lines: dict[str, int]
 
 
-class _Loader(yaml.SafeLoader):
+class LinedLoader(yaml.SafeLoader):
     """Refuses keys that stand twice: the later would win unseen."""
 
     def construct_yaml_map(self, node: yaml.MappingNode) -> Any:
-        found = _Mapping()
+        found = Lined()
         found.lines = {}
         yield found
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
@@ -116,28 +116,28 @@ class _Loader(yaml.SafeLoader):
         found.update(self.construct_mapping(node))
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_yaml_map)
+LinedLoader.add_constructor("tag:yaml.org,2002:map", LinedLoader.construct_yaml_map)
 
 
-def _at(where: str, content: _Mapping, key: str) -> str:
-    """`file:line: keys`, with the line of that key."""
+def at_line(where: str, content: Lined, key: str) -> str:
+    """`where` is `file:line: keys`; the same with the line of that key."""
     file, _, keys = where.rpartition(": ")
     line = content.lines.get(key)
     return f"{file.rpartition(':')[0]}:{line}: {keys}" if line else where
 
 
-def _checked(where: str, content: Any, kind: type) -> dict[str, Any]:
+def checked(where: str, content: Any, kind: type) -> dict[str, Any]:
     """A copy of a mapping, whose keys must be fields of the dataclass `kind`.
 
     Raises ValueError for an unknown key (naming the nearest), a missing one or another type.
     """
-    if not isinstance(content, _Mapping):
+    if not isinstance(content, Lined):
         raise ValueError(f"{where}: a mapping is expected, not {content!r}")
     types: dict[str, Any] = {f.name: f.type for f in fields(kind)}
     for key, value in content.items():
-        here = _at(where, content, str(key))
+        here = at_line(where, content, str(key))
         if key not in types:
-            raise ValueError(f"{here}: unknown key {key!r}; {_nearest(str(key), types)}")
+            raise ValueError(f"{here}: unknown key {key!r}; {nearest(str(key), types)}")
         _require_type(f"{here}: {key}={value!r}", value, types[str(key)])
     needed = [f.name for f in fields(kind) if f.default is MISSING]
     if missing := sorted({*needed} - {*content} - {"data_dir"}):
@@ -158,27 +158,27 @@ def _require_type(where: str, value: Any, wanted: Any) -> None:
         raise ValueError(f"{where} is negative")
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"known are {sorted(known)}"
 
 
 def _group(where: str, name: str, content: Any, root: str) -> GroupConfig:
-    own = isinstance(content, _Mapping) and "task" in content
+    own = isinstance(content, Lined) and "task" in content
     task = content["task"] if own else name
     if task not in TASKS:
-        here, what = (_at(where, content, "task"), "task") if own else (where, "key")
+        here, what = (at_line(where, content, "task"), "task") if own else (where, "key")
         raise ValueError(
-            f"{here}: unknown {what} {task!r}; {_nearest(str(task), TASKS)} "
+            f"{here}: unknown {what} {task!r}; {nearest(str(task), TASKS)} "
             "(a group of another name needs `task:`)"
         )
-    group = _checked(where, content, GroupConfig) | {"task": task}
+    group = checked(where, content, GroupConfig) | {"task": task}
     if missing := [rule for rule in TASKS[task].rules if rule not in group]:
         raise ValueError(f"{where}: missing {missing}")
     for key in RULES:
         if key in group:
-            here = f"{_at(where, content, key)}.{key}"
-            rule = _checked(here, group[key], ResizeRule)
+            here = f"{at_line(where, content, key)}.{key}"
+            rule = checked(here, group[key], ResizeRule)
             try:
                 group[key] = ResizeRule(**rule)
             except ValueError as error:
@@ -192,8 +192,8 @@ def _group(where: str, name: str, content: Any, root: str) -> GroupConfig:
 
 
 def _dataset(where: str, content: Any, root: str) -> DatasetConfig:
-    dataset = _checked(where, content, DatasetConfig)
-    where = _at(where, content, "name")
+    dataset = checked(where, content, DatasetConfig)
+    where = at_line(where, content, "name")
     if ("jsonl_path" in dataset) == ("parquet_path" in dataset):
         raise ValueError(f"{where}: needs jsonl_path or parquet_path")
     records = dataset.get("jsonl_path", dataset.get("parquet_path"))
@@ -202,5 +202,5 @@ def _dataset(where: str, content: Any, root: str) -> DatasetConfig:
         if key in dataset:
             dataset[key] = found = place(str(dataset[key]).replace("${data_root}", root))
             if not exists(found):
-                raise ValueError(f"{_at(where, content, key)}: {key} {found} does not exist")
+                raise ValueError(f"{at_line(where, content, key)}: {key} {found} does not exist")
     return DatasetConfig(**dataset)

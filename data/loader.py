@@ -168,7 +168,7 @@ class PackedLoader:
             num_workers=workers,
             prefetch_factor=self.config.prefetch_factor if workers else None,
             multiprocessing_context=context if workers else None,
-            worker_init_fn=_end_with_the_trainer,
+            worker_init_fn=end_with_the_parent,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # so that the global one is left alone
         )
@@ -186,8 +186,8 @@ def joined_states(states: list[dict[str, Any]]) -> dict[str, Any]:
     return first | {"damaged": damaged.found}
 
 
-def _end_with_the_trainer(_: int) -> None:
-    """In a worker. Torch ends it with its parent, which is the server and outlives a SIGKILL."""
+def end_with_the_parent(_: int) -> None:
+    """Begins a worker. Torch ends it with its parent, the server, which outlives a SIGKILL."""
     trainer = multiprocessing.parent_process()
 
     def wait() -> None:

@@ -44,10 +44,12 @@ class JsonlRecords:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> Record:
-        start, number = int(self._starts[index]), int(self._numbers[index])
         self._file = self._file or open_binary(self.path)
-        self._file.seek(start)
-        return parse_record(self._file.readline(), f"{self.path}:{number}", self.form)
+        self._file.seek(int(self._starts[index]))
+        return parse_record(self._file.readline(), self.source(index), self.form)
+
+    def source(self, index: int) -> str:
+        return f"{self.path}:{int(self._numbers[index])}"
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_file": None}
@@ -115,18 +117,25 @@ class ParquetRecords:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        group = int(np.searchsorted(self._ends, index, side="right")) - 1
+        group = self._group(index)
         number, inside = self._groups[group]
         if self._open[0] != group:
             with open_binary(self.files[number]) as opened:
                 self._open = group, _parquet_file(opened).read_row_group(inside)
         row = index - int(self._ends[group])
         (raw,) = self._open[1].slice(row, 1).to_pylist()
+        present = {k: v for k, v in raw.items() if v is not None}
+        return record_of(present, self.source(index), self.form)
+
+    def source(self, index: int) -> str:
+        number, _ = self._groups[self._group(index)]
         before = int(self._ends[self._groups.index((number, 0))])
-        source = f"{self.files[number]}:{index - before + 1}"
-        return record_of({k: v for k, v in raw.items() if v is not None}, source, self.form)
+        return f"{self.files[number]}:{index - before + 1}"
+
+    def _group(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return int(np.searchsorted(self._ends, index, side="right")) - 1
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_open": (-1, None)}

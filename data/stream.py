@@ -203,7 +203,7 @@ class Planner:
         rng, dataset = np.random.default_rng(draw.seed), self.datasets[draw.dataset]
         for _ in range(MAX_SKIPPED_IN_A_ROW):
             record, seed = int(rng.integers(len(dataset.records))), int(rng.integers(2**62))
-            found = self._measured(draw.dataset, record, seed)
+            found = self.measured(draw.dataset, record, seed)
             if isinstance(found, Draw):
                 yield found
 
@@ -251,9 +251,10 @@ class Planner:
         rng = np.random.default_rng([self.config.data_seed, sum(self.draws)])
         chosen = int(rng.choice(len(self.datasets), p=shares))
         record = self.datasets[chosen].record_of(self.draws[chosen])
-        return self._measured(chosen, record, int(rng.integers(2**62)))
+        return self.measured(chosen, record, int(rng.integers(2**62)))
 
-    def _measured(self, chosen: int, record: int, seed: int) -> Draw | Bad:
+    def measured(self, chosen: int, record: int, seed: int) -> Draw | Bad:
+        """A record of data set `chosen` as a sample of the stream, or why it cannot be one."""
         dataset, longest = self.datasets[chosen], self.config.max_num_tokens_per_sample
         try:
             tokens = dataset.length(record, seed)

@@ -82,7 +82,7 @@ class Task:
         Raises RecordError when the record does not suit the task or states another size than an
         image has, and ImageError when an image cannot be read.
         """
-        images = lambda ref: _decoded(record, folder, ref)  # noqa: E731
+        images = lambda ref: decoded(record, folder, ref)  # noqa: E731
         return Sample(record.source, self.segments(record, images, Random(seed)))
 
     def outline(self, record: Record, folder: Place, seed: int = 0) -> Sample:
@@ -207,9 +207,7 @@ class VlmTask(Task):
         return self._conversation(record, [look(ref) for ref in record.inputs])
 
     def _conversation(self, record: Record, images: list[Picture]) -> list[Segment]:
-        tags = sum(text.count(IMAGE_TAG) for _, text in record.messages)
-        if tags not in (0, len(images)):
-            raise RecordError(f"{record.source}: {tags} {IMAGE_TAG} for {len(images)} images")
+        tags = require_tags(record)
         left = iter(images)
         segments: list[Segment] = [] if tags else [self._vit(image) for image in left]
         for who, text in record.messages:
@@ -285,6 +283,14 @@ TASKS = {name: task for task, names in NAMES.items() for name in names.split()}
 """By name in a mixture: ours first, then those of the users' classes."""
 
 
+def require_tags(record: Record) -> int:
+    """How many image tags the texts have. Raises RecordError unless as many as images, or none."""
+    tags, images = sum(t.count(IMAGE_TAG) for _, t in record.messages), len(record.inputs)
+    if tags not in (0, images):
+        raise RecordError(f"{record.source}: {tags} {IMAGE_TAG} for {images} images")
+    return tags
+
+
 def _texts(step: Any) -> list[str]:
     texts = [step] if isinstance(step, str) else step
     good = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
@@ -310,7 +316,8 @@ def open_image(folder: Place, ref: ImageRef) -> Image.Image:
     return read_image(_file(folder, ref))
 
 
-def _decoded(record: Record, folder: Place, ref: ImageRef) -> Image.Image:
+def decoded(record: Record, folder: Place, ref: ImageRef) -> Image.Image:
+    """Raises ImageError, and RecordError when the record states another size than the image has."""
     image = open_image(folder, ref)
     if ref.size not in (None, image.size):
         raise RecordError(

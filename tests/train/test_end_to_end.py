@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from inference_pipeline.batch import main as restore
 from scripts.tiny.make_pairs import BLUR, NOISE, RULES, TEST_FACTOR, TEST_SIGMA
 from scripts.tiny.make_pairs import test_records as make_test_records
 from tests.launchers import FOLDER, ROOT, dry_run, free_port, resolved
@@ -185,7 +185,6 @@ def test_what_two_nodes_have_trained_is_exported(finished, tmp_path):
 
 @pytest.mark.parametrize("weights", ["ema", "model"])
 def test_a_step_folder_restores_and_tells_what_it_sees(pairs, finished, tmp_path, weights):
-    script = runpy.run_path(str(ROOT / "inference_pipeline" / "MedQ-Uni_run_batch_test2.py"))
     options = {
         "model_path": finished,
         "annotation_file": pairs / "train.jsonl",
@@ -197,7 +196,7 @@ def test_a_step_folder_restores_and_tells_what_it_sees(pairs, finished, tmp_path
         "target_gpu_device": "cpu",
     }
     words = [f"--{name}={value}" for name, value in options.items()]
-    assert script["main"]([*words, f"--use_{weights}_checkpoint"]) == 0
+    assert restore([*words, f"--use_{weights}_checkpoint"]) == 0
     assert f"loaded {weights.upper()} weights" in (tmp_path / "settings.json").read_text()
     noise, blur = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     assert noise["understanding_text"] == NOISE[TEST_SIGMA]
