@@ -60,7 +60,7 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Restoration:
     image: Image.Image
-    """RGB, at the size that the resize rule gives the input."""
+    """RGB, at the size that the resize rule gives the input or what was asked for."""
     assessment: str
 
 
@@ -139,12 +139,15 @@ class Restorer:
         sampling: SamplingConfig | None = None,
         text: TextConfig | None = None,
         seed: int = 42,
+        size: Size | None = None,
     ) -> Restoration:
         """Assesses an image, then restores it with the assessment in context, as trained.
 
-        Raises ValueError for an empty instruction.
+        `size` (width, height) is that of the image to draw before the resize rule, for a larger
+        one than the input. Raises ValueError for an empty instruction.
         """
-        return _only(self.restorations([(image, instruction)], sampling, text, seed))
+        sizes = [size] if size else None
+        return _only(self.restorations([(image, instruction)], sampling, text, seed, sizes=sizes))
 
     def restorations(
         self,
@@ -154,25 +157,31 @@ class Restorer:
         seed: int = 42,
         batch_size: int = 1,
         prompt_style: PromptStyle = "trained",
+        sizes: Sequence[Size] | None = None,
     ) -> Iterator[tuple[int, Restoration]]:
-        """(index, result) of images with their instructions, as they finish."""
+        """(index, result) of images with their instructions, as they finish.
+
+        `sizes` (width, height) are those of the images to draw, before the resize rule; the inputs'
+        own without them.
+        """
         sampling, text = sampling or SamplingConfig(), text or TextConfig()
         kept = list(pairs)
 
-        def request(image: Image.Image, instruction: str, text: TextConfig | None) -> Request:
-            size = self.task.vae_rule.size(*image.size)
-            prompt = self.task.context(image, _stated(instruction))
+        def request(i: int, words: str, text: TextConfig | None) -> Request:
+            image = kept[i][0]
+            size = self.task.vae_rule.size(*(sizes[i] if sizes else image.size))
+            prompt = self.task.context(image, _stated(words))
             return Request(prompt=prompt, text=text, sampling=sampling, size=size, seed=seed)
 
         if prompt_style == "trained":
-            requests = (request(image, instruction, text) for image, instruction in kept)
+            requests = (request(i, words, text) for i, (_, words) in enumerate(kept))
             for i, reply in self.generate(requests, batch_size):
                 yield i, Restoration(_drawn(reply), reply.text)
             return
         questions = (([image], words) for image, words in kept)
         assessed = dict(self.answers(questions, text, seed, batch_size))
         joined = (f"{words}\n\n{assessed[i]}".rstrip() for i, (_, words) in enumerate(kept))
-        requests = (request(kept[i][0], words, None) for i, words in enumerate(joined))
+        requests = (request(i, words, None) for i, words in enumerate(joined))
         for i, reply in self.generate(requests, batch_size):
             yield i, Restoration(_drawn(reply), assessed[i])
 

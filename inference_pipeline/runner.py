@@ -273,6 +273,7 @@ class _Batch:
         """(id, restoration, seconds per sample); where a batch fails its samples go on alone."""
         ids, config, start = list(pairs), self.config, time.perf_counter()
         asked = [(pairs[i].degraded, pairs[i].record.instruction) for i in ids]
+        sizes = [pairs[i].truth.size for i in ids]  # as targets are trained
         batch_size = min(config.batch_size, len(ids))
         try:
             results = dict(
@@ -283,6 +284,7 @@ class _Batch:
                     config.seed,
                     batch_size,
                     config.prompt_style,
+                    sizes,
                 )
             )
         except (ValueError, RuntimeError, OSError) as error:

@@ -83,7 +83,7 @@ def first_pairs(mixture: Sequence[GroupConfig], tokenizer: Tokenizer, count: int
         if not isinstance(prompts, RestorationTask):
             continue
         for dataset in group.datasets:
-            for record in good_records(group.open_records(dataset)):
+            for record in islice(good_records(group.open_records(dataset)), SEARCHED):
                 task = str(record.raw.get("main_task_type") or dataset.name)
                 if len(found[task]) < count:
                     found[task].append((record, dataset.data_dir, prompts))
@@ -98,6 +98,10 @@ def first_pairs(mixture: Sequence[GroupConfig], tokenizer: Tokenizer, count: int
         )
         for task, record, folder, prompts in islice(filter(None, in_turn), count)
     ]
+
+
+SEARCHED = 10_000
+"""Records of a data set among which the pairs are looked for."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,7 @@ class Validation:
 
     def _restore(self, pair: Pair) -> _Restored:
         rule, special = pair.prompts.vae_rule, pair.prompts.tokenizer.special
-        size = rule.size(*pair.degraded.size)
+        size = rule.size(*pair.truth.size)  # as the target is trained
         sampling = SamplingConfig(num_timesteps=self.num_timesteps)
         with self._autocast():
             image = self.model.call(_generate, special, pair.segments(), size, sampling, self.seed)

@@ -14,6 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from data.scores import psnr_db
+from data.tasks import RestorationTask
+from data.transforms import ResizeRule
 from inference_pipeline.batch import main
 from inference_pipeline.devices import spread
 from inference_pipeline.restorer import THINK, Restorer
@@ -228,6 +231,27 @@ def test_images_of_every_kind(restorer, pairs, tmp_path):
     for name in made.keys() - {"huge"}:
         size = Image.open(tmp_path / "out" / found[name]["pred_img"]).size
         assert size == restorer.task.vae_rule.size(*made[name].size)
+
+
+def test_a_larger_truth_is_drawn_at_its_own_size(restorer, pairs, tmp_path):
+    """As its target is trained, and measured there: a rule that leaves the small input small."""
+    rule = ResizeRule(image_stride=8, max_image_size=112, min_image_size=24)
+    small = Restorer(
+        restorer.model,
+        RestorationTask(restorer.task.tokenizer, rule, restorer.task.vit_rule),
+        restorer.report,
+    )
+    lines = (pairs / "test.jsonl").read_text().splitlines()
+    line = next(x for x in lines if json.loads(x)["main_task_type"] == "super-resolution")
+    (tmp_path / "test.jsonl").write_text(line + "\n")
+    run(small, config(pairs, tmp_path / "out", annotation_file=tmp_path / "test.jsonl"))
+    (found,) = results(tmp_path / "out")
+    truth = Image.open(pairs / json.loads(line)["output_img"][0]["path"])
+    degraded = Image.open(pairs / found["input_img"][0]["path"]).convert("RGB")
+    assert degraded.size[0] * 4 == truth.size[0]
+    assert Image.open(tmp_path / "out" / found["pred_img"]).size == truth.size == (96, 112)
+    enlarged = degraded.resize(truth.size, Image.Resampling.BICUBIC)
+    assert found["psnr_bicubic"] == psnr_db(enlarged, truth.convert("RGB"))
 
 
 def test_the_origin_prompt_is_that_of_the_users_script(restorer, pairs):
