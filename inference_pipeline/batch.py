@@ -76,7 +76,10 @@ def main(argv: list[str] | None = None, rules: Rules | None = None) -> int:
 
     `rules` are the resize rules for folders that do not say theirs.
     """
-    args, processes, failed = parse(argv), join(), 0
+    args = parse(argv)
+    if missing := [str(path) for path in args.annotation_file if not path.exists()]:
+        raise FileNotFoundError(f"{', '.join(missing)}: not found")
+    processes, failed = join(), 0
     temperature = args.text_temperature if args.text_do_sample else 0.0
     text = TextConfig(
         max_new_tokens=args.max_text_tokens, temperature=temperature, top_p=args.text_top_p

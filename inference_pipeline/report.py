@@ -181,7 +181,11 @@ def samples(tests: list[list[int]], runs: list[Run], album: Album, white: float)
     )
     for _, _, n, index in wanted:
         result = runs[index].results[cards[n]["sample_id"]]
-        shown = None if "error" in result else show(runs[index], result, album, white)
+        try:
+            shown = None if "error" in result else show(runs[index], result, album, white)
+        except OSError as error:
+            print(f"WARNING: sample {result['sample_id']} is left out: {error}", file=sys.stderr)
+            shown = None
         if shown is not None:
             cards[n]["restorations"].insert(0, {"run": index} | shown)
     return [card for card in cards if card["restorations"]]

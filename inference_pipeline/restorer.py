@@ -301,6 +301,8 @@ class Restorer:
     def _sampled(self, entries: dict[int, _Open]) -> Iterator[tuple[int, Reply]]:
         images = generate_images([self._image_job(entry) for entry in entries.values()])
         for (i, entry), image in zip(entries.items(), images, strict=True):
+            if not image.isfinite().all():
+                raise ValueError("the restored image is not finite: look at weights and guidance")
             yield i, self._reply(entry, Image.fromarray(to_uint8(image)))
 
     def _image_job(self, entry: _Open) -> ImageJob:

@@ -9,10 +9,12 @@ done again as a whole, and processes take whole units: so the numbers do not dep
 the number of processes, or on what was done before.
 """
 
+import fcntl
 import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,12 +33,12 @@ from modeling.pretrained import MANIFEST
 from .metrics import PROTOCOL, measure_all
 from .perceptual import Lpips
 from .restorer import PromptStyle, Restoration, Restorer
-from .results import RESULTS, SETTINGS, STATISTICS
+from .results import RESULTS, SETTINGS, STATISTICS, read_json
 from .shards import ALONE, Processes
 from .summary import summarise
 from .text_metrics import text_numbers
 
-COPIED = ("main_task_type", "degrade_type", "dataset", "input_img", "output_img", "message")
+COPIED = ("main_task_type", "degrade_type", "dataset", "message")
 """Keys of the test set that stand in the results too."""
 BATCHES_PER_UNIT = 4
 """Texts refill a batch within a unit; a kill loses at most one unit per process."""
@@ -69,6 +71,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} is less than 1")
+        if missing := {"psnr", "ssim"} - {*self.metrics}:
+            raise ValueError(f"metrics: {sorted(missing)} are always measured: name them too")
 
 
 def run(restorer: Restorer, config: RunConfig, processes: Processes = ALONE) -> dict[str, Any]:
@@ -85,11 +89,36 @@ def run(restorer: Restorer, config: RunConfig, processes: Processes = ALONE) -> 
     if not lines:
         raise ValueError(f"{config.annotation_file}: no sample")
 
+    lock = ExitStack()
+
     def begin() -> dict[int, Result]:
+        lock.enter_context(_locked(config.output_dir))
         _claim_folder(restorer, config, annotations)
         return _merged(config.output_dir)
 
-    done = processes.first_says(begin)
+    with lock:
+        return _run(restorer, config, processes, lines, processes.first_says(begin))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps a second run out of a folder; the system lets go of it when a process is killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ResumeError(f"{folder}: another run is at work in it") from error
+        yield
+
+
+def _run(
+    restorer: Restorer,
+    config: RunConfig,
+    processes: Processes,
+    lines: list[tuple[str, bytes]],
+    done: dict[int, Result],
+) -> dict[str, Any]:
     lpips = Lpips(config.lpips_weights) if config.lpips_weights else None
     batch = _Batch(restorer, config, _samples(lines), lpips)
     units = _units(len(lines), config.batch_size * BATCHES_PER_UNIT, done)
@@ -104,7 +133,7 @@ def run(restorer: Restorer, config: RunConfig, processes: Processes = ALONE) -> 
 
     def end() -> dict[str, Any]:
         results = _merged(config.output_dir)
-        statistics = summarise([results[i] for i in range(len(lines))], config.protocols)
+        statistics = summarise([results[i] for i in sorted(results)], config.protocols)
         _replace(config.output_dir / STATISTICS, json.dumps(statistics, indent=2) + "\n")
         return statistics
 
@@ -127,7 +156,7 @@ def _claim_folder(restorer: Restorer, config: RunConfig, annotations: bytes) -> 
 
     Checkpoint and test set count by content, so that a changed file at an old path is noticed.
     """
-    folder = Path(restorer.report.folder)
+    folder, task = Path(restorer.report.folder), restorer.task
     manifest = folder / MANIFEST
     contents = manifest.read_bytes() if manifest.exists() else b"", annotations
     digests = [hashlib.sha256(content).hexdigest()[:16] for content in contents]
@@ -137,6 +166,7 @@ def _claim_folder(restorer: Restorer, config: RunConfig, annotations: bytes) -> 
         "model_id": model_id,
         "step": step,
         "split": config.annotation_file.stem,
+        "resize_rules": [asdict(rule) for rule in (task.vae_rule, task.vit_rule)],
     }
     # These change no result, but for the rounding of matrix products.
     for name in ("output_dir", "num_samples", "batch_size"):
@@ -172,9 +202,12 @@ def _merged(folder: Path) -> dict[int, Result]:
     parts = sorted(folder.glob("results.part*.jsonl"))
     results: dict[int, Result] = {}
     for path in (folder / RESULTS, *parts):
-        text = path.read_text() if path.exists() else ""
-        lines = text[: text.rfind("\n") + 1].splitlines()
-        results |= {result["sample_id"]: result for result in map(json.loads, lines)}
+        text = path.read_bytes() if path.exists() else b""
+        for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), start=1):
+            result = read_json(path, line, number)
+            if not isinstance(result.get("sample_id"), int):
+                raise ValueError(f"{path}:{number}: no sample_id: remove the line to restore anew")
+            results[result["sample_id"]] = result
     kept = "".join(json.dumps(results[i]) + "\n" for i in sorted(results))
     _replace(folder / RESULTS, kept)
     for path in parts:
@@ -210,7 +243,7 @@ def _samples(lines: Sequence[tuple[str, bytes]]) -> list[_Sample]:
         name = Path(record.input_image)
         folder = Path("images", *(p for p in name.parent.parts if p not in ("/", "..")))
         stem = f"{folder}/{name.stem}"
-        if stem in taken:  # another sample restores the same image
+        while stem in taken:  # another sample restores the same image
             stem += f"_{i}"
         taken.add(stem)
         samples.append(_Sample(record, "", stem))
@@ -257,7 +290,7 @@ class _Batch:
         if record.output_image is None:
             raise RecordError(f"{record.source}: output_img is missing: nothing to compare with")
         tags = sum(text.count(IMAGE_TAG) for who, text in record.messages if who == "human")
-        if tags > len(record.inputs):
+        if tags not in (0, len(record.inputs)):
             raise RecordError(
                 f"{record.source}: {tags} {IMAGE_TAG} for {len(record.inputs)} images"
             )
@@ -331,7 +364,12 @@ class _Batch:
 
     def _result(self, i: int, numbers: Result | None, error: str | None) -> Result:
         record = self.samples[i].record
-        copied = {key: record.raw.get(key) for key in COPIED} if record else {}
+        copied: Result = {}
+        if record:
+            copied = {key: record.raw.get(key) for key in COPIED}
+            # In one form, however the test set names them: samples are compared by these.
+            for key, refs in (("input_img", record.inputs), ("output_img", record.outputs)):
+                copied[key] = [{"path": ref.path} for ref in refs]
         now = datetime.now(UTC).isoformat(timespec="seconds")
         result = {"sample_id": i, "timestamp": now, **copied}
         return result | (numbers if numbers is not None else {"error": error})

@@ -38,11 +38,16 @@ def summarise(results: Sequence[Result], protocols: Sequence[str] = (PROTOCOL,))
 def summary(
     results: Sequence[Result], protocols: Sequence[str] = (PROTOCOL,), intervals: bool = True
 ) -> dict[str, Any]:
-    """Means, deviations and intervals of a group; failed samples are counted apart."""
+    """Means, deviations and intervals of a group; failed samples are counted apart.
+
+    The bicubic enlargement has a mean only where all samples of the group have one.
+    """
     good = [r for r in results if "error" not in r]
     found: dict[str, Any] = {"total_samples": len(results), "n_failed": len(results) - len(good)}
     for name in number_names(protocols):
         values = np.array([r[name] for r in good if name in r], np.float64)
+        if name.endswith("_bicubic") and len(values) < len(good):
+            continue  # beside the mean over all samples it would mislead
         finite = values[_is_finite(name, values)]
         if len(finite) < len(values):
             found[name.replace("psnr", "n_equal")] = len(values) - len(finite)

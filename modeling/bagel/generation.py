@@ -72,6 +72,11 @@ class SamplingConfig:
             raise ValueError(f"num_timesteps={self.num_timesteps}: one step takes two times")
         if not 0 < self.timestep_shift < math.inf:
             raise ValueError(f"timestep_shift={self.timestep_shift} must be positive and finite")
+        low, high = self.cfg_interval
+        if not low < high:
+            raise ValueError(f"cfg_interval={self.cfg_interval} is empty: low must be below high")
+        if not 0 <= self.cfg_renorm_min <= 1:
+            raise ValueError(f"cfg_renorm_min={self.cfg_renorm_min} must lie in [0, 1]")
         if not (math.isfinite(self.cfg_text_scale) and math.isfinite(self.cfg_img_scale)):
             raise ValueError("cfg_text_scale and cfg_img_scale must be finite")
 
@@ -120,6 +125,8 @@ def generate_texts(
     and `jobs` is asked for one only then. Ids from `num_valid_ids` (the tokenizer's size) on lie in
     the padded part of the vocabulary and cannot be drawn.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} is less than 1")
     waiting = enumerate(jobs)
     running: list[_Decoding] = []
     slots: NextTokens | None = None

@@ -29,9 +29,12 @@ if [[ ${DRY_RUN:-0} == 1 ]]; then
   echo
   exit 0
 fi
+stamp=$(mktemp)
+trap 'rm -f "$stamp"' EXIT
 status=0
-"${command[@]}" || status=$? # 1: some samples failed, which the report shows
-((status < 2)) || exit "$status"
+"${command[@]}" || status=$?
+# Failed samples are shown in the report; a run that came to no result has nothing to show.
+[[ -n $(find "$BASE_OUTPUT_DIR" -name statistics.json -newer "$stamp" -print -quit) ]] || exit "$status"
 python inference_pipeline/parse_statistics_to_csv.py -d "$BASE_OUTPUT_DIR" -o "$BASE_OUTPUT_DIR/summary.csv"
 python -m inference_pipeline.report "$BASE_OUTPUT_DIR" --output "$BASE_OUTPUT_DIR/report.html"
 exit "$status"

@@ -1,5 +1,6 @@
 """The batch command: several checkpoints and sets, kills, processes, batches, prompt styles."""
 
+import fcntl
 import json
 import random
 import shutil
@@ -20,7 +21,7 @@ from data.transforms import ResizeRule
 from inference_pipeline.batch import main
 from inference_pipeline.devices import spread
 from inference_pipeline.restorer import THINK, Restorer
-from inference_pipeline.runner import RunConfig, identity, run
+from inference_pipeline.runner import ResumeError, RunConfig, identity, run
 from modeling.bagel.generation import SamplingConfig, TextConfig
 from scripts.tiny.make_pairs import test_records as make_test_records
 
@@ -252,6 +253,61 @@ def test_a_larger_truth_is_drawn_at_its_own_size(restorer, pairs, tmp_path):
     assert Image.open(tmp_path / "out" / found["pred_img"]).size == truth.size == (96, 112)
     enlarged = degraded.resize(truth.size, Image.Resampling.BICUBIC)
     assert found["psnr_bicubic"] == psnr_db(enlarged, truth.convert("RGB"))
+
+
+def test_no_two_samples_share_images_and_all_are_named_alike(restorer, pairs, tmp_path):
+    """Stems that would meet again after a number was added; records that say `image`."""
+    lines = [json.loads(x) for x in (pairs / "test.jsonl").read_text().splitlines()[:1]]
+    source = pairs / lines[0]["input_img"][0]["path"]
+    for name in ("a_2", "a"):
+        shutil.copy(source, tmp_path / f"{name}.png")
+    shutil.copy(pairs / lines[0]["output_img"][0]["path"], tmp_path / "truth.png")
+    base = lines[0] | {"output_img": [{"path": "truth.png"}]}
+    del base["input_img"]
+    names = ("a_2", "a", "a")
+    texts = [json.dumps(base | {"image": f"{name}.png"}) for name in names]
+    (tmp_path / "test.jsonl").write_text("\n".join(texts) + "\n")
+    settings = config(tmp_path, tmp_path / "out", annotation_file=tmp_path / "test.jsonl")
+    run(restorer, settings)
+    found = results(tmp_path / "out")
+    assert len({r["pred_img"] for r in found}) == 3
+    assert [r["input_img"] for r in found] == [[{"path": f"{name}.png"}] for name in names]
+
+
+def test_what_no_number_may_come_from(restorer, pairs, finished, tmp_path):
+    broken = Restorer.load(CHECKPOINT)
+    with torch.no_grad():
+        broken.model.llm2vae.weight.fill_(torch.nan)
+    statistics = run(broken, config(pairs, tmp_path / "nan", num_samples=1))
+    assert statistics["overall"] == {"total_samples": 1, "n_failed": 1}
+    assert "not finite" in results(tmp_path / "nan")[0]["error"]
+
+    other = shutil.copytree(finished, tmp_path / "rules")
+    rules = ResizeRule(image_stride=8, max_image_size=64, min_image_size=32)
+    task = RestorationTask(restorer.task.tokenizer, rules, restorer.task.vit_rule)
+    with pytest.raises(ResumeError, match="another configuration"):
+        run(Restorer(restorer.model, task, restorer.report), config(pairs, other))
+
+    path = other / "results.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0][:30], *lines[1:]]) + "\n")
+    with pytest.raises(ValueError, match=r"results\.jsonl:1: "):
+        run(restorer, config(pairs, other))
+    with pytest.raises(ValueError, match=r"batch_size=0"):
+        next(restorer.answers([([], "Why?")], batch_size=0))
+    with pytest.raises(ValueError, match="always measured"):
+        config(pairs, other, metrics=("ssim",))
+    for wrong in ({"cfg_interval": (1.0, 0.0)}, {"cfg_renorm_min": 5.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            SamplingConfig(**wrong)
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(restorer, pairs, tmp_path):
+    with (tmp_path / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ResumeError, match="another run is at work"):
+            run(restorer, config(pairs, tmp_path))
+    assert run(restorer, config(pairs, tmp_path, num_samples=1))["overall"]["n_failed"] == 0
 
 
 def test_the_origin_prompt_is_that_of_the_users_script(restorer, pairs):

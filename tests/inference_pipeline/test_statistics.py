@@ -159,3 +159,11 @@ def test_comparison_of_folders(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "a"), str(tmp_path / "c")])
     with pytest.raises(ValueError, match="psnr is by 'medq' in A and by 'amir' in B"):
         compare.main()
+
+
+def test_bicubic_has_a_mean_where_every_sample_has_one():
+    """Its mean over some samples would stand beside means over all."""
+    rows = [{"psnr": 20.0, "psnr_bicubic": 18.0, "main_task_type": "sr"}, {"psnr": 30.0}]
+    statistics = summarise(rows)
+    assert "psnr_bicubic_mean" not in statistics["overall"]
+    assert statistics["by_task_type"]["sr"]["psnr_bicubic_mean"] == 18.0
