@@ -1,6 +1,6 @@
 """Text decoding and guided image sampling against the released code's loop.
 
-    python benchmarks/inference.py [--threads 1] [--rounds 5]
+    python benchmarks/inference.py [--threads 2] [--rounds 5]
 
 The peer is that loop as the released code describes it, written anew on the same weights and on
 the layers of `benchmarks/train_step.py`'s peer: one sample at a time; a dict from layers to keys
@@ -330,7 +330,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5, help="fewer where they take longer")
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")

@@ -31,6 +31,10 @@ def grown(store: Tensor, dim: int, length: int) -> Tensor:
     return larger
 
 
+GRAIN = 128
+"""Tokens that slots of decoding are a multiple of."""
+
+
 class KVCache:
     """Keys and values of all layers of one context, preallocated."""
 
@@ -203,7 +207,8 @@ class NextTokens:
     def join(self, context: Context, room: int) -> None:
         """Takes the next slot; `room` new tokens are likely."""
         n, slot = context.cache.length, len(self.contexts)
-        self.store = grown(self.store, 4, n + room)
+        # Contexts of about one length then share the room of the first.
+        self.store = grown(self.store, 4, -(-(n + room) // GRAIN) * GRAIN)
         self.store[:, :, slot, :, :n] = context.cache.store[:, :, :n].transpose(2, 3)
         self.contexts.append(context)
         self.lengths.append(n)
@@ -248,11 +253,13 @@ class NextTokens:
             mask = mask.masked_fill(~seen, -torch.inf)[:, None, None]
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.store[layer].unbind()
+            both = self.store[layer]
+            new = torch.stack((k, v), 1).to(both)
             if one_length:
-                keys[:count, :, longest - 1], values[:count, :, longest - 1] = k, v
+                both[:, :count, :, longest - 1] = new.transpose(0, 1)
             else:
-                keys[slots, :, lengths], values[slots, :, lengths] = k.to(keys), v.to(keys)
+                both[:, slots, :, lengths] = new
+            keys, values = both.unbind()
             # The queries of a key head are the rows of one product with its keys.
             grouped = q.unflatten(1, (keys.shape[1], -1)).to(keys)
             past = keys[:count, :, :longest], values[:count, :, :longest]
