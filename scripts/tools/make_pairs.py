@@ -33,12 +33,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.config import RULES  # noqa: E402
-from data.degradations import DEGRADATIONS, degrade  # noqa: E402
+from data.degradations import DEGRADATIONS, HU_RANGE, degrade  # noqa: E402
 from data.images import ImageError, Scan  # noqa: E402
 from data.volumes import DISPLAY  # noqa: E402
-from scripts.tools.scan_sources import Source, find_sources  # noqa: E402
+from scripts.tools.scan_sources import Source, find_sources, warn_of_patients  # noqa: E402
+from scripts.tools.splits import PARTS, split_patients, split_slices  # noqa: E402
 
-PARTS = ("train", "val", "test")
 INSTRUCTIONS = {
     "artefact removal": "Remove the artefacts.",
     "bias correction": "Correct the uneven brightness.",
@@ -54,6 +54,8 @@ INSTRUCTIONS = {
 """By the task of a degradation."""
 DARK = 0.05
 """Pixels of [0, 1] up to here are background."""
+AIR_HU = -900.0
+"""Where rays are simulated, black must be this or less: all that is darker would weigh as black."""
 JOBS_AHEAD = 64
 """Slices that wait in memory for a process."""
 
@@ -70,38 +72,26 @@ class Job:
     """A slice whose values are in [0, 1], whatever its range says."""
 
 
-def split_patients(patients: set[str], val: float, test: float, seed: int) -> dict[str, str]:
-    """The part of every patient; ValueError where none is left to train with."""
-    order = np.random.default_rng(seed).permutation(sorted(patients)).tolist()
-    counts = [max(1, round(share * len(order))) if share else 0 for share in (test, val)]
-    if sum(counts) >= len(order):
-        raise ValueError(f"{len(order)} patients are too few for --val {val} and --test {test}")
-    parts = ["test"] * counts[0] + ["val"] * counts[1]
-    return dict(zip(order, parts + ["train"] * (len(order) - len(parts)), strict=True))
+def in_hounsfield(scan: Scan, args: argparse.Namespace) -> Scan:
+    """The slice with a range of HU that rises, where a degradation simulates rays.
 
-
-def split_slices(
-    count: int, val: float, test: float, gap: int, test_slices: tuple[int, int] | None = None
-) -> list[str | None]:
-    """The part of every slice of a single volume; None is in a gap.
-
-    The test slab is `test_slices`, from the first to before the second, or the middle; the slab of
-    val is below it. Raises ValueError where the slices do not suffice.
+    Raises ValueError where the range is not known or a display window, ImageError for a slice
+    that holds other values.
     """
-    sizes = {p: max(1, round(s * count)) if s else 0 for p, s in (("val", val), ("test", test))}
-    middle = (count - sizes["test"]) // 2
-    start, stop = test_slices or (middle, middle + sizes["test"])
-    slabs = {"test": range(start, stop)}
-    if val:
-        slabs["val"] = range(start - gap - sizes["val"], start - gap)
-    near = {i + d for slab in slabs.values() for i in slab for d in range(-gap, gap + 1)}
-    parts = [
-        next((p for p, slab in slabs.items() if i in slab), None if i in near else "train")
-        for i in range(count)
-    ]
-    if not near <= {*range(-gap, count + gap)} or "train" not in parts:
-        raise ValueError(f"{count} slices: too few for --val, --test, --gap and --test_slices")
-    return parts
+    rays = [name for name, *_ in args.degrade if DEGRADATIONS[name].in_hounsfield]
+    if not rays:
+        return scan
+    (low, high), name = sorted(scan.value_range), rays[0]
+    hint = "give --value_range {:g} {:g}, in HU".format(*HU_RANGE)
+    if scan.unit not in ("", "HU"):
+        raise ValueError(f"{name} takes Hounsfield units, and the file has {scan.unit}")
+    if not scan.unit and not args.value_range:
+        raise ValueError(f"{name} takes Hounsfield units, which the file does not state: {hint}")
+    if low > AIR_HU:
+        raise ValueError(f"{name}: black is {low:g} HU (a display window?), not air: {hint}")
+    if not scan.unit and scan.values.min() >= 0:
+        raise ImageError("has no value below 0, so it is not in Hounsfield units")
+    return replace(scan, value_range=(low, high), unit="HU")
 
 
 def prepared(scan: Scan, args: argparse.Namespace) -> Scan:
@@ -115,7 +105,8 @@ def prepared(scan: Scan, args: argparse.Namespace) -> Scan:
     stride = args.image_rule[0]
     size = args.size or [side // stride * stride for side in image.shape[:2]]
     if min(size) < 1:
-        raise ValueError(f"slices {image.shape} are smaller than the stride {stride}: --image_rule")
+        found = "x".join(map(str, image.shape[1::-1]))
+        raise ImageError(f"{found} pixels are fewer than the stride {stride} of --image_rule")
     missing = [max(0, side - n) for side, n in zip(size, image.shape, strict=False)]
     padding = [(n // 2, n - n // 2) for n in missing] + [(0, 0)] * (image.ndim - 2)
     image = np.pad(image, padding)
@@ -140,7 +131,10 @@ def find_jobs(found: list[Source], args: argparse.Namespace, left_out: Counter) 
     cut = len(patients) == 1 and bool(args.val or args.test or args.test_slices)
     if cut and len(found) > 1:
         names = ", ".join(source.name for source in found)
-        raise ValueError(f"one patient with several volumes: choose one (--series): {names}")
+        raise ValueError(
+            f"one patient with several volumes: choose one (a file, --series), or tell patients "
+            f"apart by --patient: {names}"
+        )
     if len(patients) > 1 and args.test_slices:
         raise ValueError("--test_slices is for a single volume: patients are split as wholes")
     whole = {} if cut else split_patients(patients, args.val, args.test, args.seed)
@@ -158,20 +152,24 @@ def find_jobs(found: list[Source], args: argparse.Namespace, left_out: Counter) 
         for i, (part, read) in enumerate(zip(parts, slices, strict=True)):
             scan, reason = None, "by --every" if part else "in gaps"
             if part and i % args.every == 0:
-                scan, reason = _usable(read, args)
+                scan, reason = _usable(read, source.where(i), args)
             if part is None or scan is None:
                 left_out[reason] += 1
             else:
                 yield Job(part, source.name, i, scan)
 
 
-def _usable(read: Callable[[], Scan], args: argparse.Namespace) -> tuple[Scan | None, str]:
-    """A slice as its pair needs it, or why it is left out."""
+def _usable(
+    read: Callable[[], Scan], where: str, args: argparse.Namespace
+) -> tuple[Scan | None, str]:
+    """A slice as its pair needs it, or why it is left out; ValueError names `where`."""
     try:
-        scan = prepared(read(), args)
+        scan = prepared(in_hounsfield(read(), args), args)
     except ImageError as error:
-        print(f"left out: {error}")
+        print(f"left out: {where}: {str(error).removeprefix(f'{where}: ')}")
         return None, "with errors"
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     lit = (scan.values > DARK).reshape(*scan.values.shape[:2], -1).any(axis=2)
     return (None if lit.mean() < args.min_foreground else scan), "nearly black"
 
@@ -250,6 +248,7 @@ def write_set(args: argparse.Namespace) -> None:
     names = Counter(source.name for source in found)
     if max(names.values()) > 1:
         raise ValueError(f"several volumes are called {names.most_common(1)[0][0]}: rename one")
+    warn_of_patients(found)
     records: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
     left_out: Counter = Counter()
     jobs = find_jobs(found, args, left_out)
@@ -298,6 +297,14 @@ def plan(text: str) -> Plan:
     return name, low, high
 
 
+def pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no pattern: {error}") from error
+    return text
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -330,7 +337,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--value_range", type=float, **pair, metavar=("BLACK", "WHITE"), help="in units of the file"
     )
-    add("--patient", default="sub-[A-Za-z0-9]+", help="pattern that finds the patient in a path")
+    add(
+        "--patient",
+        type=pattern,
+        metavar="REGEX",
+        help=r"its first group is the patient in a file's path, as (IXI\d+); default: that of BIDS",
+    )
     add(
         "--val", type=float, default=0.1, help="share of patients, of slices if there is one volume"
     )
