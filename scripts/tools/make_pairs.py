@@ -32,9 +32,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.config import RULES  # noqa: E402
 from data.degradations import DEGRADATIONS, HU_RANGE, degrade  # noqa: E402
 from data.images import ImageError, Scan  # noqa: E402
+from data.tasks import require_sizes  # noqa: E402
+from data.transforms import RULES, ResizeRule  # noqa: E402
 from data.volumes import DISPLAY  # noqa: E402
 from scripts.tools.scan_sources import Source, find_sources, warn_of_patients  # noqa: E402
 from scripts.tools.splits import PARTS, split_patients, split_slices  # noqa: E402
@@ -125,6 +126,18 @@ def _resampled(image: np.ndarray, spacing: tuple[float, ...], mm: float) -> np.n
     return np.asarray(picture).clip(0.0, 1.0)
 
 
+def require_trainable(shape: tuple[int, ...], args: argparse.Namespace) -> None:
+    """Raises ValueError where training refuses what --degrade makes of a slice (H, W, ...)."""
+    rule = ResizeRule(**_sizes(args.image_rule))
+    for name, *ends in args.degrade:
+        if DEGRADATIONS[name].task != "super-resolution":
+            continue
+        for severity in ends:
+            degraded = degrade(name, np.zeros(shape), severity, np.random.default_rng()).image_01
+            source = f"--degrade {name}:{severity:g} (a lower one, or another --image_rule)"
+            require_sizes(source, rule, degraded.shape[1::-1], shape[1::-1])
+
+
 def find_jobs(found: list[Source], args: argparse.Namespace, left_out: Counter) -> Iterator[Job]:
     """Slices that are not black, with their parts; counts the others by reason."""
     patients = {source.patient for source in found}
@@ -137,6 +150,7 @@ def find_jobs(found: list[Source], args: argparse.Namespace, left_out: Counter) 
         )
     if len(patients) > 1 and args.test_slices:
         raise ValueError("--test_slices is for a single volume: patients are split as wholes")
+    fitting: set[tuple[int, ...]] = set()
     whole = {} if cut else split_patients(patients, args.val, args.test, args.seed)
     for source in found:
         try:
@@ -156,6 +170,9 @@ def find_jobs(found: list[Source], args: argparse.Namespace, left_out: Counter) 
             if part is None or scan is None:
                 left_out[reason] += 1
             else:
+                if (shape := scan.values.shape) not in fitting:
+                    require_trainable(shape, args)
+                    fitting.add(shape)
                 yield Job(part, source.name, i, scan)
 
 
@@ -270,12 +287,22 @@ def write_set(args: argparse.Namespace) -> None:
             (args.out / f"{part}.jsonl").write_text(text)
     print(f"left out: {', '.join(f'{n} {why}' for why, n in left_out.items()) or 'nothing'}")
     _write_mixture(args)
+    asked = {"val": args.val, "test": args.test or args.test_slices}
+    for part in (part for part, share in asked.items() if share and not records[part]):
+        raise ValueError(
+            f"{part} is empty: all that was to go into it was left out. Mend that, divide anew by "
+            f"--seed, or ask for none by --{part} 0"
+        )
+
+
+def _sizes(rule: list[int]) -> dict[str, int]:
+    """Arguments of a ResizeRule."""
+    return dict(zip(("image_stride", "max_image_size", "min_image_size"), rule, strict=True))
 
 
 def _write_mixture(args: argparse.Namespace) -> None:
-    keys = "image_stride", "max_image_size", "min_image_size"
     sizes = args.image_rule, args.vit_rule
-    rules = {n: dict(zip(keys, s, strict=True)) for n, s in zip(RULES, sizes, strict=True)}
+    rules = {name: _sizes(rule) for name, rule in zip(RULES, sizes, strict=True)}
     files = {"jsonl_path": "${data_root}/train.jsonl", "data_dir": "${data_root}"}
     dataset = {"name": args.name or args.out.name, **files}
     mixture = {"restoration": {"weight": 1, **rules, "datasets": [dataset]}}

@@ -14,9 +14,12 @@ from data.config import load_mixture
 from data.degradations import degrade, low_resolution
 from data.images import read_image, read_scan
 from data.sources import JsonlRecords, good_records
+from data.tasks import RestorationTask
+from data.tokenizer import Tokenizer
 from data.transforms import ResizeRule
 from scripts.tiny import images as tiny
 from scripts.tiny import make_pairs as recipe
+from scripts.tiny.tokenizer import write_tokenizer
 from scripts.tools import make_pairs
 from scripts.tools.scan_sources import find_sources
 from scripts.tools.splits import PARTS, split_patients, split_slices
@@ -397,6 +400,51 @@ def test_folders_of_images(tmp_path, capsys):
     named = [{r["volume"] for r in found[part]} for part in PARTS]
     assert set.union(*named) == {f"flat_p{i}" for i in range(3)}
     assert [len(lines) for lines in found.values()] == [4, 4, 4]
+
+
+def test_pairs_that_training_refuses_are_not_written(tmp_path):
+    path, out = brain(tmp_path / "v.nii.gz", slices=3), tmp_path / "set"
+    whole = "--val", 0, "--test", 0, "--spacing", 0.125
+    many = "--degrade", "downsampling:0.1-0.7"
+    fault = r"downsampling:0.7 .*input and target are \(32, 32\) and \(288, 320\).* 1 to 4 times"
+    with pytest.raises(ValueError, match=fault):
+        made(path, "--out", out, *whole, *many, "--image_rule", 16, 1024, 32)
+    assert not out.exists()
+    # At most 128 pixels wide and high, both sizes of all pairs are less than 4 times apart.
+    made(path, "--out", out, *whole, *many, "--image_rule", 16, 128, 64)
+    (group,) = load_mixture(out / "mixture.yaml")
+    write_tokenizer(["Words."], tmp_path / "tokenizer")
+    rules = group.image_transform_args, group.vit_image_transform_args
+    task = RestorationTask(Tokenizer(tmp_path / "tokenizer"), *rules)
+    for record in good_records(JsonlRecords(out / "train.jsonl")):
+        task.outline(record, out)
+
+
+def test_one_odd_picture_is_left_out_by_name(tmp_path, capsys):
+    (tmp_path / "p").mkdir()
+    rng = np.random.default_rng(0)
+    for name, size in (("a", (32, 32)), ("odd", (300, 12)), ("z", (32, 32))):
+        Image.fromarray(rng.integers(30, 250, size, np.uint8)).save(tmp_path / "p" / f"{name}.png")
+    whole = "--val", 0, "--test", 0
+    parts = made(tmp_path / "p", "--out", tmp_path / "set", *NOISE, *whole)
+    assert [r["slice"] for r in parts["train"]] == [0, 2]
+    said = capsys.readouterr().out
+    assert "odd.png: 12x300 pixels are fewer than the stride 16 of --image_rule" in said
+    assert "left out: 1 with errors" in said
+
+
+def test_an_empty_part_is_an_error(tmp_path, capsys):
+    folder, out = tmp_path / "bids", tmp_path / "set"
+    for i in range(4):
+        brain(folder / f"sub-{i}.nii.gz", seed=i, slices=3)
+    owners = split_patients({f"sub-{i}" for i in range(4)}, 0.1, 0.1, 0)
+    (tested,) = (name for name, part in owners.items() if part == "test")
+    (folder / f"{tested}.nii.gz").write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match=r"test is empty: .*--test 0"):
+        made(folder, "--out", out, *NOISE)
+    assert f"left out: {folder / tested}.nii.gz" in capsys.readouterr().out
+    asked = made(folder, "--out", tmp_path / "asked", *NOISE, "--val", 0, "--test", 0)
+    assert len(asked["train"]) == 3 and len(asked) == 1
 
 
 def test_sizes_and_bits(tmp_path):
