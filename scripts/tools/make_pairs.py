@@ -16,6 +16,7 @@ import difflib
 import json
 import re
 import sys
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -390,6 +391,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
+    warnings.formatwarning = lambda message, *_: f"WARNING: {message}\n"
     try:
         write_set(parse())
     except ValueError as error:

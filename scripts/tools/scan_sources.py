@@ -131,7 +131,7 @@ def warn_of_patients(found: Iterable[Source]) -> None:
         print(f"WARNING: names that differ in a contrast alone are one patient: {names}")
         print(f"  and {len(merged) - 1} more patients. Name patients by --patient if they are not.")
     for ground, files in unnamed.items():
-        print(f"WARNING: {len(files)} DICOM files without PatientID, the first is {files[0]}:")
+        print(f"WARNING: {len(files)} DICOM files without PatientID, the first is {min(files)}:")
         print(f"  each {ground} counts as a patient, whoever it shows. Name patients by --patient.")
 
 
