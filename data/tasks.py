@@ -113,21 +113,7 @@ class Task:
         return VaeSegment(image_pm1=_resized(self.vae_rule, image), target=True)
 
     def _require_sizes(self, record: Record, given: Picture, target: Picture) -> None:
-        """Raises RecordError unless the target has the input's shape and is as large or larger."""
-        rule = self.vae_rule
-        old, new = rule.size(*_size(given)), rule.size(*_size(target))
-        factor = max(new) / max(old)
-        shaped = all(
-            abs(n - factor * o) <= rule.image_stride * max(factor, 1)
-            for n, o in zip(new, old, strict=True)
-        )
-        # Both sides were rounded to the stride.
-        least, most = 1 - rule.image_stride / max(old), LARGEST_FACTOR
-        if not shaped or not least <= factor <= most:
-            raise RecordError(
-                f"{record.source}: input and target are {old} and {new} after {VAE_RULE}; the "
-                f"target must have the input's shape, at 1 to {most} times its size"
-            )
+        require_sizes(record.source, self.vae_rule, _size(given), _size(target))
 
 
 class RestorationTask(Task):
@@ -281,6 +267,24 @@ NAMES: dict[type[Task], str] = {
 }
 TASKS = {name: task for task, names in NAMES.items() for name in names.split()}
 """By name in a mixture: ours first, then those of the users' classes."""
+
+
+def require_sizes(source: str, rule: ResizeRule, given: Size, target: Size) -> None:
+    """Raises RecordError unless, after the rule, the target has the input's shape and is as large
+    or up to LARGEST_FACTOR times larger. Sizes are (width, height); `source` begins the message."""
+    old, new = rule.size(*given), rule.size(*target)
+    factor = max(new) / max(old)
+    shaped = all(
+        abs(n - factor * o) <= rule.image_stride * max(factor, 1)
+        for n, o in zip(new, old, strict=True)
+    )
+    # Both sides were rounded to the stride.
+    least, most = 1 - rule.image_stride / max(old), LARGEST_FACTOR
+    if not shaped or not least <= factor <= most:
+        raise RecordError(
+            f"{source}: input and target are {old} and {new} after {VAE_RULE}; the "
+            f"target must have the input's shape, at 1 to {most} times its size"
+        )
 
 
 def require_tags(record: Record) -> int:

@@ -5,6 +5,7 @@ H, W are rows and columns of an image as a radiologist sees it; slices or frames
 
 import importlib
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ MAX_DEFLATION = 1032
 """Bytes that one byte of a gzip file can stand for (RFC 1951: 258 by two bits)."""
 PERCENTILES = (0.5, 99.5)
 """Of the values: black and white where the file states no window."""
+GAP = 1.5
+"""Slices that are this many times as far apart as most have others missing between them."""
 COLOURS = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
 DISPLAY = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
 """Which of the axes right, anterior, superior are slices, rows and columns."""
@@ -126,8 +129,8 @@ def read_dicom(
     Values are those after the modality table or rescaling. Their range is `value_range`; else the
     table or the first window of the file (a table or a sigmoid replaces the values); else all that
     8 bits or colours can hold; else PERCENTILES, as for slices whose windows differ. Frames of one
-    file that state no positions stay in their order. Raises ImageError, also where slices differ
-    in size or direction or share a position.
+    file that state no positions stay in their order. Warns of missing slices. Raises ImageError,
+    also where slices differ in size or direction or share a position.
     """
     headers, scans = [], []
     for path in paths:
@@ -143,10 +146,14 @@ def read_dicom(
             headers += found
     if len(scans) == 1:
         return scans[0]
-    with named_errors(paths[0] if len(paths) == 1 else Path(paths[0]).parent):
+    name = paths[0] if len(paths) == 1 else Path(paths[0]).parent
+    with named_errors(name):
         placed = len(paths) > 1 or len({str(h.get("ImagePositionPatient")) for h in headers}) > 1
         order = _order(headers) if placed else range(len(headers))
-        return _stacked([scans[i] for i in order], [headers[i] for i in order])
+        ordered = [headers[i] for i in order]
+        if gaps := _gaps(_steps(ordered)):
+            warnings.warn(f"{name}: slices are missing: {gaps}", stacklevel=2)
+        return _stacked([scans[i] for i in order], ordered)
 
 
 def _pixels(dataset: Any, frame: int | None) -> np.ndarray:
@@ -238,6 +245,25 @@ def _order(headers: Sequence[Any]) -> list[int]:
     return places.argsort().tolist()
 
 
+def _steps(headers: Sequence[Any]) -> np.ndarray:
+    """mm from slice to slice; empty where positions are not stated."""
+    places = [header.get("ImagePositionPatient") for header in headers]
+    if None in places:
+        return np.empty(0)
+    return np.linalg.norm(np.diff(np.array(places, dtype=float), axis=0), axis=1)
+
+
+def _gaps(steps: np.ndarray) -> str:
+    """Where steps are much longer than most, in words; empty if nowhere."""
+    if not (steps > 0).all() or not len(wide := np.flatnonzero(steps > GAP * np.median(steps))):
+        return ""
+    first = wide[0]
+    return (
+        f"{len(wide)} gaps, the first of {steps[first]:g} mm between slices {first} and "
+        f"{first + 1}, where others are {np.median(steps):g} mm apart"
+    )
+
+
 def _stacked(scans: list[Scan], headers: Sequence[Any]) -> Scan:
     first = scans[0]
     if len({(scan.values.shape, scan.unit) for scan in scans}) > 1:
@@ -247,10 +273,8 @@ def _stacked(scans: list[Scan], headers: Sequence[Any]) -> Scan:
         low, high = _brightness(values)
         value_range = (high, low) if value_range[0] > value_range[1] else (low, high)
     apart = headers[0].get("SpacingBetweenSlices") or headers[0].get("SliceThickness") or np.nan
-    places = [header.get("ImagePositionPatient") for header in headers]
-    if len(places) > 1 and None not in places:
-        steps = np.diff(np.array(places, dtype=float), axis=0)
-        apart = np.median(np.linalg.norm(steps, axis=1)) or apart
+    if len(steps := _steps(headers)):
+        apart = np.median(steps) or apart
     spacing = (float(apart), *first.spacing) if first.spacing else ()
     return replace(first, values=values, value_range=value_range, spacing=spacing)
 

@@ -16,6 +16,8 @@ from data.degradations.optical import low_resolution as low_resolution
 from data.degradations.radiation import Calibration
 from data.degradations.registry import DEGRADATIONS, Array, Degradation, Rng
 
+HU_RANGE = (-1000.0, 1000.0)
+"""What 0 and 1 stand for in a CT image that does not say."""
 FIELD_OF_VIEW_MM = 250.0
 """Longer side of a CT image that does not say."""
 
@@ -40,7 +42,7 @@ def degrade(
     severity: float,
     rng: Rng,
     *,
-    hu_range: tuple[float, float] = (-1000.0, 1000.0),
+    hu_range: tuple[float, float] = HU_RANGE,
     pixel_mm: float | None = None,
 ) -> Degraded:
     """One degradation of a float image (H, W) or (H, W, 3) in [0, 1]; equal seeds, equal results.
@@ -59,7 +61,7 @@ def degrade(
     image = _accepted(entry, image_01)
     arguments: dict[str, object] = dict(parameters)
     accepts = signature(entry.apply).parameters
-    if "calibration" in accepts:
+    if entry.in_hounsfield:
         pixel_mm = FIELD_OF_VIEW_MM / max(image.shape) if pixel_mm is None else pixel_mm
         calibration = Calibration(*hu_range, pixel_mm)
         arguments["calibration"] = calibration

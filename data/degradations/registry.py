@@ -58,6 +58,11 @@ class Degradation:
     channels: Channels
     varying: dict[str, Parameter]
 
+    @property
+    def in_hounsfield(self) -> bool:
+        """Whether it simulates rays, and must know what 0 and 1 stand for."""
+        return "calibration" in signature(self.apply).parameters
+
     def parameters(self, severity: float) -> dict[str, float]:
         """The physical parameters of a severity; ValueError when it is not in (0, 1]."""
         if not 0.0 < severity <= 1.0:

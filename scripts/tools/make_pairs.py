@@ -16,6 +16,7 @@ import difflib
 import json
 import re
 import sys
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,13 +33,14 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.config import RULES  # noqa: E402
-from data.degradations import DEGRADATIONS, degrade  # noqa: E402
+from data.degradations import DEGRADATIONS, HU_RANGE, degrade  # noqa: E402
 from data.images import ImageError, Scan  # noqa: E402
+from data.tasks import require_sizes  # noqa: E402
+from data.transforms import RULES, ResizeRule  # noqa: E402
 from data.volumes import DISPLAY  # noqa: E402
-from scripts.tools.scan_sources import Source, find_sources  # noqa: E402
+from scripts.tools.scan_sources import Source, find_sources, warn_of_patients  # noqa: E402
+from scripts.tools.splits import PARTS, split_patients, split_slices  # noqa: E402
 
-PARTS = ("train", "val", "test")
 INSTRUCTIONS = {
     "artefact removal": "Remove the artefacts.",
     "bias correction": "Correct the uneven brightness.",
@@ -54,6 +56,8 @@ INSTRUCTIONS = {
 """By the task of a degradation."""
 DARK = 0.05
 """Pixels of [0, 1] up to here are background."""
+AIR_HU = -900.0
+"""Where rays are simulated, black must be this or less: all that is darker would weigh as black."""
 JOBS_AHEAD = 64
 """Slices that wait in memory for a process."""
 
@@ -70,38 +74,26 @@ class Job:
     """A slice whose values are in [0, 1], whatever its range says."""
 
 
-def split_patients(patients: set[str], val: float, test: float, seed: int) -> dict[str, str]:
-    """The part of every patient; ValueError where none is left to train with."""
-    order = np.random.default_rng(seed).permutation(sorted(patients)).tolist()
-    counts = [max(1, round(share * len(order))) if share else 0 for share in (test, val)]
-    if sum(counts) >= len(order):
-        raise ValueError(f"{len(order)} patients are too few for --val {val} and --test {test}")
-    parts = ["test"] * counts[0] + ["val"] * counts[1]
-    return dict(zip(order, parts + ["train"] * (len(order) - len(parts)), strict=True))
+def in_hounsfield(scan: Scan, args: argparse.Namespace) -> Scan:
+    """The slice with a range of HU that rises, where a degradation simulates rays.
 
-
-def split_slices(
-    count: int, val: float, test: float, gap: int, test_slices: tuple[int, int] | None = None
-) -> list[str | None]:
-    """The part of every slice of a single volume; None is in a gap.
-
-    The test slab is `test_slices`, from the first to before the second, or the middle; the slab of
-    val is below it. Raises ValueError where the slices do not suffice.
+    Raises ValueError where the range is not known or a display window, ImageError for a slice
+    that holds other values.
     """
-    sizes = {p: max(1, round(s * count)) if s else 0 for p, s in (("val", val), ("test", test))}
-    middle = (count - sizes["test"]) // 2
-    start, stop = test_slices or (middle, middle + sizes["test"])
-    slabs = {"test": range(start, stop)}
-    if val:
-        slabs["val"] = range(start - gap - sizes["val"], start - gap)
-    near = {i + d for slab in slabs.values() for i in slab for d in range(-gap, gap + 1)}
-    parts = [
-        next((p for p, slab in slabs.items() if i in slab), None if i in near else "train")
-        for i in range(count)
-    ]
-    if not near <= {*range(-gap, count + gap)} or "train" not in parts:
-        raise ValueError(f"{count} slices: too few for --val, --test, --gap and --test_slices")
-    return parts
+    rays = [name for name, *_ in args.degrade if DEGRADATIONS[name].in_hounsfield]
+    if not rays:
+        return scan
+    (low, high), name = sorted(scan.value_range), rays[0]
+    hint = "give --value_range {:g} {:g}, in HU".format(*HU_RANGE)
+    if scan.unit not in ("", "HU"):
+        raise ValueError(f"{name} takes Hounsfield units, and the file has {scan.unit}")
+    if not scan.unit and not args.value_range:
+        raise ValueError(f"{name} takes Hounsfield units, which the file does not state: {hint}")
+    if low > AIR_HU:
+        raise ValueError(f"{name}: black is {low:g} HU (a display window?), not air: {hint}")
+    if not scan.unit and scan.values.min() >= 0:
+        raise ImageError("has no value below 0, so it is not in Hounsfield units")
+    return replace(scan, value_range=(low, high), unit="HU")
 
 
 def prepared(scan: Scan, args: argparse.Namespace) -> Scan:
@@ -115,7 +107,8 @@ def prepared(scan: Scan, args: argparse.Namespace) -> Scan:
     stride = args.image_rule[0]
     size = args.size or [side // stride * stride for side in image.shape[:2]]
     if min(size) < 1:
-        raise ValueError(f"slices {image.shape} are smaller than the stride {stride}: --image_rule")
+        found = "x".join(map(str, image.shape[1::-1]))
+        raise ImageError(f"{found} pixels are fewer than the stride {stride} of --image_rule")
     missing = [max(0, side - n) for side, n in zip(size, image.shape, strict=False)]
     padding = [(n // 2, n - n // 2) for n in missing] + [(0, 0)] * (image.ndim - 2)
     image = np.pad(image, padding)
@@ -134,15 +127,31 @@ def _resampled(image: np.ndarray, spacing: tuple[float, ...], mm: float) -> np.n
     return np.asarray(picture).clip(0.0, 1.0)
 
 
+def require_trainable(shape: tuple[int, ...], args: argparse.Namespace) -> None:
+    """Raises ValueError where training refuses what --degrade makes of a slice (H, W, ...)."""
+    rule = ResizeRule(**_sizes(args.image_rule))
+    for name, *ends in args.degrade:
+        if DEGRADATIONS[name].task != "super-resolution":
+            continue
+        for severity in ends:
+            degraded = degrade(name, np.zeros(shape), severity, np.random.default_rng()).image_01
+            source = f"--degrade {name}:{severity:g} (a lower one, or another --image_rule)"
+            require_sizes(source, rule, degraded.shape[1::-1], shape[1::-1])
+
+
 def find_jobs(found: list[Source], args: argparse.Namespace, left_out: Counter) -> Iterator[Job]:
     """Slices that are not black, with their parts; counts the others by reason."""
     patients = {source.patient for source in found}
     cut = len(patients) == 1 and bool(args.val or args.test or args.test_slices)
     if cut and len(found) > 1:
         names = ", ".join(source.name for source in found)
-        raise ValueError(f"one patient with several volumes: choose one (--series): {names}")
+        raise ValueError(
+            f"one patient with several volumes: choose one (a file, --series), or tell patients "
+            f"apart by --patient: {names}"
+        )
     if len(patients) > 1 and args.test_slices:
         raise ValueError("--test_slices is for a single volume: patients are split as wholes")
+    fitting: set[tuple[int, ...]] = set()
     whole = {} if cut else split_patients(patients, args.val, args.test, args.seed)
     for source in found:
         try:
@@ -158,20 +167,27 @@ def find_jobs(found: list[Source], args: argparse.Namespace, left_out: Counter) 
         for i, (part, read) in enumerate(zip(parts, slices, strict=True)):
             scan, reason = None, "by --every" if part else "in gaps"
             if part and i % args.every == 0:
-                scan, reason = _usable(read, args)
+                scan, reason = _usable(read, source.where(i), args)
             if part is None or scan is None:
                 left_out[reason] += 1
             else:
+                if (shape := scan.values.shape) not in fitting:
+                    require_trainable(shape, args)
+                    fitting.add(shape)
                 yield Job(part, source.name, i, scan)
 
 
-def _usable(read: Callable[[], Scan], args: argparse.Namespace) -> tuple[Scan | None, str]:
-    """A slice as its pair needs it, or why it is left out."""
+def _usable(
+    read: Callable[[], Scan], where: str, args: argparse.Namespace
+) -> tuple[Scan | None, str]:
+    """A slice as its pair needs it, or why it is left out; ValueError names `where`."""
     try:
-        scan = prepared(read(), args)
+        scan = prepared(in_hounsfield(read(), args), args)
     except ImageError as error:
-        print(f"left out: {error}")
+        print(f"left out: {where}: {str(error).removeprefix(f'{where}: ')}")
         return None, "with errors"
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     lit = (scan.values > DARK).reshape(*scan.values.shape[:2], -1).any(axis=2)
     return (None if lit.mean() < args.min_foreground else scan), "nearly black"
 
@@ -250,6 +266,7 @@ def write_set(args: argparse.Namespace) -> None:
     names = Counter(source.name for source in found)
     if max(names.values()) > 1:
         raise ValueError(f"several volumes are called {names.most_common(1)[0][0]}: rename one")
+    warn_of_patients(found)
     records: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
     left_out: Counter = Counter()
     jobs = find_jobs(found, args, left_out)
@@ -271,12 +288,22 @@ def write_set(args: argparse.Namespace) -> None:
             (args.out / f"{part}.jsonl").write_text(text)
     print(f"left out: {', '.join(f'{n} {why}' for why, n in left_out.items()) or 'nothing'}")
     _write_mixture(args)
+    asked = {"val": args.val, "test": args.test or args.test_slices}
+    for part in (part for part, share in asked.items() if share and not records[part]):
+        raise ValueError(
+            f"{part} is empty: all that was to go into it was left out. Mend that, divide anew by "
+            f"--seed, or ask for none by --{part} 0"
+        )
+
+
+def _sizes(rule: list[int]) -> dict[str, int]:
+    """Arguments of a ResizeRule."""
+    return dict(zip(("image_stride", "max_image_size", "min_image_size"), rule, strict=True))
 
 
 def _write_mixture(args: argparse.Namespace) -> None:
-    keys = "image_stride", "max_image_size", "min_image_size"
     sizes = args.image_rule, args.vit_rule
-    rules = {n: dict(zip(keys, s, strict=True)) for n, s in zip(RULES, sizes, strict=True)}
+    rules = {name: _sizes(rule) for name, rule in zip(RULES, sizes, strict=True)}
     files = {"jsonl_path": "${data_root}/train.jsonl", "data_dir": "${data_root}"}
     dataset = {"name": args.name or args.out.name, **files}
     mixture = {"restoration": {"weight": 1, **rules, "datasets": [dataset]}}
@@ -296,6 +323,14 @@ def plan(text: str) -> Plan:
     if not 0 < low <= high <= 1:
         raise argparse.ArgumentTypeError(f"{text!r}: severities are above 0 and at most 1")
     return name, low, high
+
+
+def pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no pattern: {error}") from error
+    return text
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -330,7 +365,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--value_range", type=float, **pair, metavar=("BLACK", "WHITE"), help="in units of the file"
     )
-    add("--patient", default="sub-[A-Za-z0-9]+", help="pattern that finds the patient in a path")
+    add(
+        "--patient",
+        type=pattern,
+        metavar="REGEX",
+        help=r"its first group is the patient in a file's path, as (IXI\d+); default: that of BIDS",
+    )
     add(
         "--val", type=float, default=0.1, help="share of patients, of slices if there is one volume"
     )
@@ -351,6 +391,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
+    warnings.formatwarning = lambda message, *_: f"WARNING: {message}\n"
     try:
         write_set(parse())
     except ValueError as error:

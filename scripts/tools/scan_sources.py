@@ -3,16 +3,25 @@
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data.images import ImageError, Scan, file_kind, read_scan
 from data.volumes import dicom_header, read_dicom
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+BIDS = r"(?:^|/)(sub-[A-Za-z0-9]+)(?=[_./]|$)"
+"""Finds the subject in a path."""
+CONTRAST = (
+    r"(?:^|[-_. ])(?:t[12](?:star|[a-z]{0,2})|pdw?|flair|dwi|adc|swi|bold|dti(?:-\d\d)?|"
+    r"mra?|mri|cta?|pet|seg|mask)"
+)
+"""Ends of names that tell scans of one patient apart."""
+
+Ground = Literal["path", "name", "contrast", "PatientID", "StudyInstanceUID", "folder"]
 
 
 @dataclass(frozen=True)
@@ -22,61 +31,131 @@ class Source:
     name: str
     """Its images are called so, and records name it. For DICOM it is made of hashes."""
     patient: str
+    ground: Ground
+    """What the patient goes by; `contrast` is a name without its end."""
+    kind: Literal["nifti", "dicom", "image"]
+    files: list[Path]
     read: Callable[[], list[Callable[[], Scan]]]
     """Gives what gives its slices (H, W) or (H, W, 3), in order; both raise ImageError."""
 
+    def where(self, index: int) -> str:
+        """A slice, for messages."""
+        if self.kind == "image":
+            return str(self.files[index])
+        return f"{self.files[0] if len(self.files) == 1 else self.files[0].parent}: slice {index}"
+
+
+@dataclass(frozen=True)
+class _Owner:
+    patient: str
+    ground: Ground
+
 
 def find_sources(
-    root: Path, patient: str, series: str | None = None, **options: Any
+    root: Path, patient: str | None = None, series: str | None = None, **options: Any
 ) -> Iterator[Source]:
     """NIfTI files, DICOM series, and folders of images below a folder, or one file.
 
-    A patient goes by the DICOM file, else by what the pattern `patient` (its first group) finds in
-    the path, else by the file's name (NIfTI) or the first folder below `root`. `series` is a UID or
-    a part of a description; `options` are those of `read_scan`. Raises ImageError without `root`.
+    A patient goes by the DICOM file; else by what the pattern `patient` (its first group) finds in
+    the path from `root` on, without one BIDS below `root`; else by the study (DICOM), the file
+    (NIfTI) or the first folder below `root`, of which an end that is CONTRAST is taken off.
+    `series` is a UID or a part of a description; `options` are those of `read_scan`. Raises
+    ImageError without `root`.
     """
     files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
-    groups: dict[tuple[str, str, str], list[Path]] = defaultdict(list)
+    groups: dict[tuple[str, _Owner, str], list[Path]] = defaultdict(list)
     bad: list[ImageError] = []
+    lost: list[Path] = []
     for path in files:
         kind = file_kind(path)
         place = path.relative_to(root if root.is_dir() else root.parent)
-        match = re.search(patient, path.relative_to(root.parent).as_posix())
-        named = match.group(1 if match.re.groups else 0) if match else None
+        if kind == "image" and path.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        seen = (patient, path.relative_to(root.parent)) if patient else (BIDS, place)
+        known = _in_path(*seen)
         if kind == "nifti":
             stem = re.sub(r"\.nii(\.gz)?$", "", place.as_posix(), flags=re.IGNORECASE)
-            groups[kind, named or stem, stem].append(path)
+            owner = known or _plain(stem.split("/"), root, len(place.parts))
+            groups[kind, owner, stem].append(path)
         elif kind == "dicom":
             try:
-                identity = _dicom_identity(path, series)
+                identity = _dicom_identity(path, series, known)
             except ImageError as error:
                 bad.append(error)
                 continue
-            if identity is not None:
-                groups[kind, *identity].append(path)
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            if identity is None:
+                continue
+            owner, name = identity
+            groups[kind, owner, name].append(path)
+        else:
             folders = [*place.parts[:-1]] or [root.name]
-            own = [named] if named and named not in "/".join(folders) else []
-            groups[kind, named or folders[0], "_".join([*folders, *own])].append(path)
+            owner = known or _plain(folders, root, 1)
+            own = [known.patient] if known and known.patient not in "/".join(folders) else []
+            groups[kind, owner, "_".join([*folders, *own])].append(path)
+        if patient and owner.ground not in ("path", "PatientID"):
+            lost.append(path)
     if bad:
         print(f"left out: {len(bad)} DICOM files, the first is {bad[0]}")
+    if lost:
+        print(f"WARNING: --patient finds nothing in {len(lost)} files, the first is {lost[0]}")
     for (kind, owner, name), members in groups.items():
-        slices = partial(_images if kind == "image" else _slices, members, options)
-        yield Source(re.sub(r"[^\w.-]+", "_", name), owner, slices)
+        read = partial(_images if kind == "image" else _slices, members, options)
+        title = re.sub(r"[^\w.-]+", "_", name)
+        yield Source(title, owner.patient, owner.ground, kind, members, read)
 
 
-def _dicom_identity(path: Path, chosen: str | None) -> tuple[str, str] | None:
-    """Hashes of patient and series; None for another series than the chosen one."""
+def _in_path(pattern: str, path: Path) -> _Owner | None:
+    found = re.search(pattern, path.as_posix())
+    named = found.group(1 if found.re.groups else 0) if found else None
+    return _Owner(named, "path") if named else None
+
+
+def _plain(parts: list[str], root: Path, count: int) -> _Owner:
+    """By the first `count` parts that are more than CONTRAST, without ends that are."""
+    ends = [re.sub(f"(?:{CONTRAST})+$", "", part, flags=re.IGNORECASE) for part in parts]
+    told = [end for end in ends if end][:count]
+    return _Owner("/".join(told) or root.name, "name" if ends == parts else "contrast")
+
+
+def warn_of_patients(found: Iterable[Source]) -> None:
+    """Prints where patients are taken from less than a file's word or a pattern."""
+    scans: dict[str, list[Source]] = defaultdict(list)
+    unnamed: dict[str, list[Path]] = defaultdict(list)
+    for source in found:
+        scans[source.patient].append(source)
+        if source.kind == "dicom" and source.ground not in ("PatientID", "path"):
+            unnamed[source.ground] += source.files
+    merged = [s for s in scans.values() if len(s) > 1 and any(x.ground == "contrast" for x in s)]
+    if merged:
+        names = ", ".join(source.name for source in merged[0])
+        print(f"WARNING: names that differ in a contrast alone are one patient: {names}")
+        print(f"  and {len(merged) - 1} more patients. Name patients by --patient if they are not.")
+    for ground, files in unnamed.items():
+        print(f"WARNING: {len(files)} DICOM files without PatientID, the first is {min(files)}:")
+        print(f"  each {ground} counts as a patient, whoever it shows. Name patients by --patient.")
+
+
+def _dicom_identity(
+    path: Path, chosen: str | None, known: _Owner | None
+) -> tuple[_Owner, str] | None:
+    """Patient and name, of hashes; None for another series than the chosen one."""
     header = dicom_header(path)
-    owner = str(header.get("PatientID") or header.get("StudyInstanceUID", path.parent))
     uid = str(header.get("SeriesInstanceUID", path.parent))
     title = str(header.get("SeriesDescription", ""))
     if chosen and chosen != uid and chosen.lower() not in title.lower():
         return None
     if int(header.get("NumberOfFrames") or 1) > 1:
         uid = str(header.get("SOPInstanceUID", path))
-    hashes = [hashlib.sha256(text.encode()).hexdigest()[:10] for text in (owner, uid)]
-    return hashes[0], "_".join(hashes)
+    if stated := str(header.get("PatientID") or "").strip():
+        owner = _Owner(stated, "PatientID")
+    elif known:
+        owner = known
+    elif study := header.get("StudyInstanceUID"):
+        owner = _Owner(str(study), "StudyInstanceUID")
+    else:
+        owner = _Owner(str(path.parent), "folder")
+    hashes = [hashlib.sha256(text.encode()).hexdigest()[:10] for text in (owner.patient, uid)]
+    return replace(owner, patient=hashes[0]), "_".join(hashes)
 
 
 def _slices(paths: list[Path], options: dict[str, Any]) -> list[Callable[[], Scan]]:

@@ -14,12 +14,15 @@ from data.config import load_mixture
 from data.degradations import degrade, low_resolution
 from data.images import read_image, read_scan
 from data.sources import JsonlRecords, good_records
+from data.tasks import RestorationTask
+from data.tokenizer import Tokenizer
 from data.transforms import ResizeRule
 from scripts.tiny import images as tiny
 from scripts.tiny import make_pairs as recipe
+from scripts.tiny.tokenizer import write_tokenizer
 from scripts.tools import make_pairs
-from scripts.tools.make_pairs import PARTS, split_patients, split_slices
 from scripts.tools.scan_sources import find_sources
+from scripts.tools.splits import PARTS, split_patients, split_slices
 from tests.data.test_scans import OBLIQUE, dataset, nifti, shipped, written
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +47,7 @@ def pixels(folder: Path, entry: list[dict]) -> np.ndarray:
 
 def brain(path: Path, seed: int = 0, slices: int = 6) -> Path:
     """A volume of bright slices between two black ones, 40 x 36 pixels of 1 mm."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     values = np.random.default_rng(seed).integers(100, 1000, (36, 40, slices), dtype=np.int16)
     values[..., [0, -1]] = 0
     return nifti(values, path, zooms=(1, 1, 2), cal_min=0, cal_max=1000)
@@ -203,7 +207,7 @@ def dicom_folder(folder: Path, owner: str, places: list[float], **fields) -> Non
     for i, place in enumerate(places):
         image = np.full((32, 48), 500 + 10 * place)
         ds = dataset(image, PatientID=owner, ImagePositionPatient=[-place, 0, 0], **fields)
-        ds.SeriesInstanceUID = fields.get("SeriesInstanceUID", f"1.2.{len(owner)}.{owner[-1]}")
+        ds.SeriesInstanceUID = fields.get("SeriesInstanceUID", f"1.2.{len(owner)}.{owner[-1:]}")
         ds.ImageOrientationPatient, ds.PixelSpacing = OBLIQUE, [1.5, 1.0]
         ds.WindowCenter, ds.WindowWidth, ds.VOILUTFunction = 500, 1000, "LINEAR_EXACT"
         written(ds, folder / f"{len(places) - i:03d}.dcm")
@@ -211,25 +215,146 @@ def dicom_folder(folder: Path, owner: str, places: list[float], **fields) -> Non
 
 def test_dicom_series_go_by_patient_and_position(tmp_path, capsys):
     scale = {"Modality": "CT", "RescaleSlope": 2, "RescaleIntercept": -1000}
+    shown = "--value_range", -1000, 1000
     for number in "123":
         dicom_folder(tmp_path / "ct" / f"x{number}", f"Doe{number}", [9, 5, 7], **scale)
     (tmp_path / "ct" / "DICOMDIR").write_bytes(shipped("DICOMDIR").read_bytes())
     out = tmp_path / "set"
-    parts = made(tmp_path / "ct", "--out", out, "--degrade", "ct_sparse_views:0.5")
+    parts = made(tmp_path / "ct", "--out", out, "--degrade", "ct_sparse_views:0.5", *shown)
     assert [len({r["volume"] for r in parts[p]}) for p in PARTS] == [1, 1, 1]
     assert "Doe" not in "".join((out / f"{p}.jsonl").read_text() for p in PARTS)
     for lines in parts.values():
         values = []
         for record in sorted(lines, key=lambda r: r["slice"]):
-            assert (record["unit"], record["value_range"]) == ("HU", [0.0, 1000.0])
+            assert (record["unit"], record["value_range"]) == ("HU", [-1000.0, 1000.0])
             known = record["degradation"]["parameters"]
-            assert (known["hu_low"], known["hu_high"], known["pixel_mm"]) == (0.0, 1000.0, 1.0)
+            assert (known["hu_low"], known["hu_high"], known["pixel_mm"]) == (-1000.0, 1000.0, 1.0)
             image = pixels(out, record["output_img"])
             # 32 rows of 1.5 mm and 48 columns of 1 mm become square pixels of 1 mm.
             assert image.shape == (48, 48) and image.dtype == np.uint16
-            values.append(round(float(image.mean()) / 65535 * 1000))
+            values.append(round(float(image.mean()) / 65535 * 2000 - 1000))
         assert values == [100, 140, 180]  # 2 (500 + 10 place) - 1000 HU, by place
     assert "left out: 1 DICOM files, the first is" in capsys.readouterr().out
+
+
+def ct(path: Path, **header) -> Path:
+    """Water, fat and bone in air, 32 x 32 pixels of 2 mm."""
+    hu = np.full((32, 32, 2), -1000, np.int16)
+    hu[6:26, 6:26], hu[10:14, 10:14], hu[20:24, 20:24] = 0, -100, 1500
+    return nifti(hu, path, zooms=(2, 2, 2), **header)
+
+
+LOW_DOSE = "--degrade", "ct_low_dose:0.8", "--val", 0, "--test", 0
+
+
+def test_a_stated_range_of_ct_reaches_the_sinogram(tmp_path):
+    path, out = ct(tmp_path / "ct.nii.gz"), tmp_path / "set"
+    lines = made(path, "--out", out, *LOW_DOSE, "--value_range", -1024, 3071)["train"]
+    assert len(lines) == 2
+    for record in lines:
+        known = record["degradation"]["parameters"]
+        assert (known["hu_low"], known["hu_high"]) == (-1024.0, 3071.0)
+        assert (record["unit"], record["value_range"]) == ("HU", [-1024.0, 3071.0])
+        clean, noisy = (pixels(out, record[k]) / 65535 for k in ("output_img", "input_img"))
+        again = degrade(
+            "ct_low_dose", clean, 0.8, np.random.default_rng(0), hu_range=(-1024, 3071), pixel_mm=2
+        )
+        inside = np.s_[8:24, 8:24]
+        spread, expected = ((x - clean)[inside].std() for x in (noisy, again.image_01))
+        assert 0.75 < spread / expected < 1.33
+
+
+@pytest.mark.parametrize(
+    ("header", "options", "fault"),
+    [
+        ({}, (), "does not state: give --value_range -1000 1000"),
+        ({"cal_min": -1000, "cal_max": 1000}, (), "does not state: give --value_range -1000 1000"),
+        ({}, ("--value_range", -160, 240), r"black is -160 HU .*give --value_range -1000 1000"),
+    ],
+)
+def test_ct_needs_hounsfield_units_with_black_air(tmp_path, header, options, fault):
+    path, out = ct(tmp_path / "body.nii.gz", **header), tmp_path / "set"
+    with pytest.raises(ValueError, match=f"body.nii.gz: slice 0: ct_low_dose.*{fault}"):
+        made(path, "--out", out, *LOW_DOSE, *options)
+    assert not out.exists()
+
+
+def test_pictures_are_no_hounsfield_units(tmp_path, capsys):
+    Image.fromarray(np.full((32, 32), 90, np.uint8)).save(tmp_path / "a.png")
+    wide = "--value_range", -1000, 1000
+    with pytest.raises(ValueError, match="no slice is left to train with"):
+        made(tmp_path / "a.png", "--out", tmp_path / "set", *LOW_DOSE, *wide)
+    assert "a.png: has no value below 0, so it is not in Hounsfield" in capsys.readouterr().out
+
+
+def test_inverted_and_windowed_dicom_ct(tmp_path):
+    scale = {"Modality": "CT", "RescaleSlope": 2, "RescaleIntercept": -1000}
+    kinds = {"plain": "MONOCHROME2", "inverted": "MONOCHROME1"}
+    shown = {}
+    for name, kind in kinds.items():
+        dicom_folder(tmp_path / name, "Doe1", [1, 2], PhotometricInterpretation=kind, **scale)
+        with pytest.raises(ValueError, match=rf"{name}: slice 0: .*black is 0 HU \(a display win"):
+            made(tmp_path / name, "--out", tmp_path / "no", *LOW_DOSE)
+        wide = "--value_range", -1000, 1000
+        out = tmp_path / f"{name}_set"
+        lines = made(tmp_path / name, "--out", out, *LOW_DOSE, *wide)["train"]
+        assert {tuple(r["value_range"]) for r in lines} == {(-1000.0, 1000.0)}
+        shown[name] = [pixels(out, r[key]) for r in lines for key in ("input_img", "output_img")]
+    assert all(map(np.array_equal, shown["plain"], shown["inverted"]))
+
+
+def test_scans_of_one_patient_stay_together(tmp_path, capsys):
+    for i in range(4):
+        for end in ("T1", "T2"):
+            brain(tmp_path / "ixi" / f"IXI00{i}-Guys-0{i}28-{end}.nii.gz", slices=3)
+    parts = made(tmp_path / "ixi", "--out", tmp_path / "set", *NOISE)
+    owners = [{r["volume"][:6] for r in parts[p]} for p in PARTS]
+    assert [len(names) for names in owners] == [2, 1, 1] and len(set.union(*owners)) == 4
+    said = capsys.readouterr().out
+    assert "WARNING: names that differ in a contrast alone are one patient: IXI000-Guys-" in said
+    assert "and 3 more patients" in said and "--patient" in said
+    made(tmp_path / "ixi", "--out", tmp_path / "named", *NOISE, "--patient", r"(IXI\d+)")
+    assert "one patient" not in capsys.readouterr().out
+    made(tmp_path / "ixi", "--out", tmp_path / "odd", *NOISE, "--patient", r"(IXI00[01])")
+    assert "WARNING: --patient finds nothing in 4 files, the first is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("files", "patients"),
+    [
+        (["IXI-T1/IXI1-Guys-T1", "IXI-T2/IXI1-Guys-T2"], {"IXI/IXI1-Guys"}),
+        (["T1/a", "T2/a", "T2/b"], {"a", "b"}),
+        (["p1/flair", "p1/t1ce", "p2/flair"], {"p1", "p2"}),
+        (["IXI2-DTI-00", "IXI2-DTI-01", "IXI2-PD"], {"IXI2"}),
+        (["carpet", "act", "rat1", "v-T11"], {"carpet", "act", "rat1", "v-T11"}),
+        (["x/sub-01_T1w", "sub-02/a", "sub-03.b"], {"sub-01", "sub-02", "sub-03"}),
+    ],
+)
+def test_patients_of_names(tmp_path, files, patients):
+    for name in files:
+        path = tmp_path / "sub-jects" / f"{name}.nii"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert {s.patient for s in find_sources(tmp_path / "sub-jects")} == patients
+
+
+def test_folders_of_contrasts_are_one_patient(tmp_path):
+    for name in ("p1_T1", "p1_T2", "p2_T1"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (16, 16)).save(tmp_path / name / "0.png")
+    assert [s.patient for s in find_sources(tmp_path)] == ["p1", "p1", "p2"]
+
+
+def test_dicom_files_without_a_patient_are_told(tmp_path, capsys):
+    for i in range(3):
+        uids = {"StudyInstanceUID": f"1.7.{i}", "SeriesInstanceUID": f"1.8.{i}"}
+        dicom_folder(tmp_path / "mr" / f"p{i % 2}" / f"s{i}", "", [1, 2], **uids)
+    made(tmp_path / "mr", "--out", tmp_path / "set", *NOISE)
+    said = capsys.readouterr().out
+    assert "WARNING: 6 DICOM files without PatientID, the first is" in said
+    assert "each StudyInstanceUID counts as a patient" in said
+    named = {s.patient for s in find_sources(tmp_path / "mr", r"/(p\d)/")}
+    assert len(named) == 2 and not named & {"p0", "p1"}
 
 
 def test_one_series_of_several_is_chosen(tmp_path):
@@ -277,6 +402,51 @@ def test_folders_of_images(tmp_path, capsys):
     assert [len(lines) for lines in found.values()] == [4, 4, 4]
 
 
+def test_pairs_that_training_refuses_are_not_written(tmp_path):
+    path, out = brain(tmp_path / "v.nii.gz", slices=3), tmp_path / "set"
+    whole = "--val", 0, "--test", 0, "--spacing", 0.125
+    many = "--degrade", "downsampling:0.1-0.7"
+    fault = r"downsampling:0.7 .*input and target are \(32, 32\) and \(288, 320\).* 1 to 4 times"
+    with pytest.raises(ValueError, match=fault):
+        made(path, "--out", out, *whole, *many, "--image_rule", 16, 1024, 32)
+    assert not out.exists()
+    # At most 128 pixels wide and high, both sizes of all pairs are less than 4 times apart.
+    made(path, "--out", out, *whole, *many, "--image_rule", 16, 128, 64)
+    (group,) = load_mixture(out / "mixture.yaml")
+    write_tokenizer(["Words."], tmp_path / "tokenizer")
+    rules = group.image_transform_args, group.vit_image_transform_args
+    task = RestorationTask(Tokenizer(tmp_path / "tokenizer"), *rules)
+    for record in good_records(JsonlRecords(out / "train.jsonl")):
+        task.outline(record, out)
+
+
+def test_one_odd_picture_is_left_out_by_name(tmp_path, capsys):
+    (tmp_path / "p").mkdir()
+    rng = np.random.default_rng(0)
+    for name, size in (("a", (32, 32)), ("odd", (300, 12)), ("z", (32, 32))):
+        Image.fromarray(rng.integers(30, 250, size, np.uint8)).save(tmp_path / "p" / f"{name}.png")
+    whole = "--val", 0, "--test", 0
+    parts = made(tmp_path / "p", "--out", tmp_path / "set", *NOISE, *whole)
+    assert [r["slice"] for r in parts["train"]] == [0, 2]
+    said = capsys.readouterr().out
+    assert "odd.png: 12x300 pixels are fewer than the stride 16 of --image_rule" in said
+    assert "left out: 1 with errors" in said
+
+
+def test_an_empty_part_is_an_error(tmp_path, capsys):
+    folder, out = tmp_path / "bids", tmp_path / "set"
+    for i in range(4):
+        brain(folder / f"sub-{i}.nii.gz", seed=i, slices=3)
+    owners = split_patients({f"sub-{i}" for i in range(4)}, 0.1, 0.1, 0)
+    (tested,) = (name for name, part in owners.items() if part == "test")
+    (folder / f"{tested}.nii.gz").write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match=r"test is empty: .*--test 0"):
+        made(folder, "--out", out, *NOISE)
+    assert f"left out: {folder / tested}.nii.gz" in capsys.readouterr().out
+    asked = made(folder, "--out", tmp_path / "asked", *NOISE, "--val", 0, "--test", 0)
+    assert len(asked["train"]) == 3 and len(asked) == 1
+
+
 def test_sizes_and_bits(tmp_path):
     path = brain(tmp_path / "v.nii.gz", slices=40)
     sized = "--size", 48, 16, "--spacing", 2, "--bits", 8, "--val", 0
@@ -297,6 +467,7 @@ def test_sizes_and_bits(tmp_path):
     [
         (("--degrade", "mri_noize:0.5"), "did you mean 'mri_noise'"),
         (("--degrade", "mri_noise:0.5-1.5"), "severities are above 0 and at most 1"),
+        ((*NOISE, "--patient", "(p"), "'(p' is no pattern: "),
         (("--degrade", "mri_noise"), "is no NAME:SEVERITY or NAME:LOW-HIGH"),
         ((*NOISE, "--axis", "axal"), "invalid choice"),
     ],
@@ -325,7 +496,7 @@ def test_sources_that_give_no_set(tmp_path, patients):
     with pytest.raises(ValueError, match="several volumes are called sub-2_T1w"):
         twice = patients / "sub-2_T1w.nii.gz"
         made(twice, twice, "--out", out, *NOISE)
-    with pytest.raises(ValueError, match=r"--image_rule"):
+    with pytest.raises(ValueError, match=r"no slice is left to train with.*'with errors': 36"):
         made(patients, "--out", out, *NOISE, "--image_rule", 64, 128, 64)
     with pytest.raises(ValueError, match=r"histology_stain: needs a colour image"):
         made(patients, "--out", out, "--degrade", "histology_stain:0.5")

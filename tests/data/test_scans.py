@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import warnings
 from pathlib import Path
 
 import nibabel
@@ -224,6 +225,16 @@ def test_a_series_is_sorted_by_position_and_not_by_name(tmp_path):
     assert scan.value_range == (799.5, 1199.5)
     assert scan.spacing == (pytest.approx(4.25), 0.7, 0.7)
     assert np.array_equal(read_dicom(*paths[::-1]).values, scan.values)
+
+
+def test_missing_slices_are_told(tmp_path):
+    places = [2.0 * i for i in range(40) if not 10 <= i < 20 and i != 30]
+    gap = r"s: slices are missing: 2 gaps, the first of 4 mm between slices 8 and 9, .* 2 mm apart"
+    with pytest.warns(UserWarning, match=gap):
+        scan = read_dicom(*series(tmp_path / "s", places))
+    assert scan.values[8:10, 0, 0].tolist() == [1062.0, 1058.0] and scan.spacing[0] == 2.0
+    with warnings.catch_warnings(action="error"):
+        read_dicom(*series(tmp_path / "uneven", [0, 1, 2.2, 3.1]))
 
 
 def test_a_series_of_several_windows_gets_one_range(tmp_path):
