@@ -9,6 +9,7 @@ Shape legend: S tokens, d hidden size, Hq query heads, Hk key heads, E head size
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +34,10 @@ def _alone(gen_rows: Tensor) -> bool:
     """Und tokens only and no graph, as in decoding: the few rows of a step cost less than what
     sorts them."""
     return gen_rows.shape[0] == 0 and not torch.is_grad_enabled()
+
+
+def _sum(a: Blocks, b: Blocks) -> Blocks:
+    return a[0] + b[0], a[1] if _alone(a[1]) else a[1] + b[1]
 
 
 @dataclass(frozen=True)
@@ -130,14 +135,18 @@ FEW_NUMBERS = 2**15
 """Of a decoding step's norms, whose calls cost more than their arithmetic."""
 
 
+@cache
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value)
+
+
 class RMSNorm(nn.RMSNorm):
     """Fused, with float32 sums, also where autocast mixes the dtypes of input and weight."""
 
     def _of_few(self, x: Tensor) -> Tensor:
         """Five operations instead of nine: a CPU has no fused kernel."""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        eps = norm.new_full((), self.eps)
-        scale = torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        scale = torch.addcmul(_scalar(self.eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
         return torch.mul(x, scale).mul_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,6 +213,9 @@ class Experts(nn.Module):
 
     def each(self, name: str, x: Blocks, suffixes: tuple[str, ...] | None = None) -> Blocks:
         """Every expert's own submodule `name` + suffix on its block."""
+        if self.skip_empty and _alone(x[1]):
+            und = self.part(name + (suffixes or self.suffixes)[0])(x[0])
+            return und, und[:0]
         return self.per_expert(
             lambda s, part: self.part(name + s)(part), suffixes or self.suffixes, x
         )
@@ -275,9 +287,9 @@ class DecoderLayer(Experts):
         """Blocks (n, d) -> blocks (n, d)."""
         normed = self.each("input_layernorm", x)
         attended = self.self_attn(normed, rope, tokens, attention, layer)
-        x = x[0] + attended[0], x[1] + attended[1]
+        x = _sum(x, attended)
         out = self.each("mlp", self.each("post_attention_layernorm", x), self.mlp_suffixes)
-        return x[0] + out[0], x[1] + out[1]
+        return _sum(x, out)
 
 
 class Qwen2Model(Experts):
