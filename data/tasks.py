@@ -6,7 +6,7 @@ droppable where inference uses guidance: before an image that is drawn, not befo
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -143,12 +143,15 @@ class RestorationTask(Task):
         return [*self._seen(degraded, droppable), self._text(instruction, droppable)]
 
     def segments(self, record: Record, look: Look, choice: Random) -> list[Segment]:
-        """Context, then the assessment as an answer (if the record has one), the clean image."""
+        """Context, then the assessment as an answer (if the record has one), the clean image. The
+        assessment is dropped with the instruction."""
         degraded, clean = look(record.inputs[0]), look(record.outputs[0])
         self._require_sizes(record, degraded, clean)
         segments = self.context(degraded, record.instruction, droppable=True)
         if record.assessment:
-            segments.append(self._text(record.assessment, answer=True))
+            # Guidance takes its image without texts from the input alone.
+            answer = self._text(record.assessment, answer=True)
+            segments.append(replace(answer, with_text=True))
         return [*segments, self._target(clean)]
 
 
