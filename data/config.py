@@ -49,7 +49,8 @@ class GroupConfig:
     weight: float = 1.0
     """Share of the group's samples is weight / sum of weights."""
     is_mandatory: bool = False
-    """Every pack begins with a sample of the group."""
+    """Every pack holds a sample of the group, unless that does not fit beside the one that has
+    waited longest; it comes in a later pack then."""
     image_transform_args: ResizeRule = NO_IMAGES
     vit_image_transform_args: ResizeRule = NO_IMAGES
     shuffle_lines: bool = False

@@ -28,6 +28,8 @@ class _Segment:
     """A part of a sample. `droppable` conditions are left out by their dropout probability."""
 
     droppable: bool = False
+    with_text: bool = False
+    """Left out with the droppable text before it, by one draw for both."""
     end_label: int | None = None
     """Token that the segment's last token is trained to announce, if any."""
 
@@ -38,8 +40,6 @@ class TextSegment(_Segment):
     """Without bos and eos."""
     answer: bool = False
     """Trained with cross-entropy."""
-    with_text: bool = False
-    """Left out with the droppable text before it, by one draw for both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class Packer:
             dropped = segment.droppable and self._dropped(segment, generator)
             if is_text and segment.droppable:
                 text_dropped = dropped
-            if dropped or (is_text and segment.with_text and text_dropped):
+            if dropped or (segment.with_text and text_dropped):
                 position += not is_text
                 continue
             if isinstance(segment, TextSegment):
