@@ -36,8 +36,8 @@ class PackedLoader:
     wraps: records come again in the next epoch.
 
     Samples that cannot be used are left out and counted. Taking a batch raises ValueError when
-    these are too many (`max_bad_share`, or one after the other), OSError for a file of records,
-    ChildProcessError for a worker that died.
+    these are too many (`max_bad_share`, or one after the other), UnreachableError
+    and OSError where a file system fails, ChildProcessError for a worker that died.
     """
 
     def __init__(
@@ -176,8 +176,18 @@ class PackedLoader:
 
 
 def joined_states(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The state of a run, from those of its ranks at one step."""
+    """The state of a run, from those of its ranks at one step.
+
+    Raises ValueError unless all ranks have planned the same stream.
+    """
     first, *others = states
+    for key in sorted({*first} - {"damaged", "skipped"}):
+        if any(state[key] != first[key] for state in others):
+            found = "; ".join(f"rank {r} {state[key]!r:.300}" for r, state in enumerate(states))
+            raise ValueError(
+                f"the ranks have planned different streams: {key} is {found}. Do all of them read "
+                "the same files? The run goes on from its last step folder"
+            )
     damaged = Tally(first["damaged"])
     for state in others:
         for dataset, found in enumerate(state["damaged"]):

@@ -27,6 +27,7 @@ from .sources import Records
 from .tally import TOO_LONG, Bad, Tally, reason_of
 from .tasks import Task
 from .tokenizer import Tokenizer
+from .volumes import UnreachableError
 
 MAX_SKIPPED_IN_A_ROW = 100
 MAY_BE_ZERO = ("data_seed", "max_buffer_size", "num_workers", "max_bad_share")
@@ -201,7 +202,7 @@ class Planner:
             record = dataset.records[draw.record]
             sample = dataset.task.sample(record, dataset.folder, draw.seed)
         except (RecordError, ImageError) as error:
-            bad.append(Bad(draw.dataset, reason_of(error), str(error)))
+            bad.append(_judged(draw.dataset, error))
             return
         packer.add(sample, torch.Generator().manual_seed(draw.seed))
 
@@ -278,8 +279,16 @@ class Planner:
         try:
             tokens = dataset.length(record, seed)
         except (RecordError, ImageError) as error:
-            return Bad(chosen, reason_of(error), str(error))
+            return _judged(chosen, error)
         if tokens > longest:
             text = f"{tokens} tokens exceed max_num_tokens_per_sample={longest}"
             return Bad(chosen, TOO_LONG, f"{dataset.records[record].source}: {text}")
         return Draw(chosen, record, seed, tokens)
+
+
+def _judged(dataset: int, error: RecordError | ImageError) -> Bad:
+    """Raises an UnreachableError again: left out by one rank alone, the sample would part the
+    ranks' plans."""
+    if isinstance(error, UnreachableError):
+        raise error
+    return Bad(dataset, reason_of(error), str(error))

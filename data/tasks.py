@@ -21,6 +21,7 @@ from .packer import Sample, Segment, TextSegment, VaeSegment, VitSegment
 from .records import IMAGE_TAG, Form, ImageRef, Record, RecordError, Size
 from .tokenizer import Tokenizer
 from .transforms import NO_IMAGES, RULES, ResizeRule
+from .volumes import UnreachableError
 
 Picture = Image.Image | Size
 """An image, or its (width, height) where pixels are not needed."""
@@ -310,8 +311,10 @@ def _file(folder: Place, ref: ImageRef) -> Path | NamedBytes:
     try:
         with open_binary(where) as opened:
             return NamedBytes(opened.read(), where)
-    except OSError as error:
+    except FileNotFoundError as error:
         raise ImageError(f"{where}: {error}") from error
+    except OSError as error:
+        raise UnreachableError(f"{where}: {error}") from error
 
 
 def open_image(folder: Place, ref: ImageRef) -> Image.Image:

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from errno import EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,8 @@ DISPLAY = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
 DAMAGE = (OSError, EOFError, SyntaxError, ValueError, TypeError, AttributeError, LookupError) + (
     (RuntimeError, ArithmeticError, MemoryError, struct.error, zlib.error)
 )
+FAULTS_OF_FILES = {None, ENOENT, ENOTDIR, EISDIR, EINVAL, ELOOP, ENAMETOOLONG}
+"""Numbers of OSErrors that every process gets for the same file."""
 MAX_REASON = 300
 """Characters of a reader's message: some quote the file."""
 
@@ -39,6 +42,10 @@ Range = tuple[float, float]
 
 class ImageError(ValueError):
     """An image that cannot be read; the message names the file."""
+
+
+class UnreachableError(ImageError):
+    """The file system or the network failed: the file may be good, and read well elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +75,8 @@ class Scan:
 
 @contextmanager
 def named_errors(path: str | Path, *others: type[Exception]) -> Iterator[None]:
-    """What a reader raises (DAMAGE and `others`) becomes an ImageError that names the file."""
+    """What a reader raises (DAMAGE and `others`) becomes an ImageError that names the file, an
+    UnreachableError where another try may succeed."""
     faults: tuple[type[Exception], ...] = (*DAMAGE, *others)
     try:
         yield
@@ -76,7 +84,9 @@ def named_errors(path: str | Path, *others: type[Exception]) -> Iterator[None]:
         raise
     except faults as error:
         reason = str(error)[:MAX_REASON] or type(error).__name__
-        raise ImageError(f"{path}: {reason}") from error
+        lost = isinstance(error, OSError) and error.errno not in FAULTS_OF_FILES
+        lost |= isinstance(error, TimeoutError | ConnectionError)
+        raise (UnreachableError if lost else ImageError)(f"{path}: {reason}") from error
 
 
 def require_size(*shape: int) -> None:
