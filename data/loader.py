@@ -141,15 +141,27 @@ class PackedLoader:
     def state_dict(self) -> dict[str, Any]:
         sets = [[d.name, len(d.records)] for d in self.planner.datasets]
         damaged = Tally(self.damaged.found).found
-        return {"datasets": sets} | self.planner.state() | {"damaged": damaged}
+        own = {"datasets": sets, "settings": {**self.planner.settings}}
+        return own | self.planner.state() | {"damaged": damaged}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError when the state belongs to another mixture."""
+        """Raises ValueError when the state belongs to another mixture or other settings."""
         pairs = zip_longest(state["datasets"], self.state_dict()["datasets"])
         if changed := [f"{saved} -> {ours}" for saved, ours in pairs if saved != ours]:
             raise ValueError(
                 "dataset_config_file: the saved stream has other data sets (name, records): "
                 + "; ".join(changed)
+            )
+        saved, ours = state.get("settings", {}), self.planner.settings
+        if changed := [
+            f"{name}: {saved.get(name)} -> {ours.get(name)}"
+            for name in {**saved, **ours}
+            if saved.get(name) != ours.get(name)
+        ]:
+            raise ValueError(
+                f"the saved stream was planned with other settings: {'; '.join(changed)}. Set them "
+                "back, or take the weights alone into a new run: --resume_from with "
+                "--resume_model_only True and another checkpoint_dir"
             )
         self.planner.load(state)
         self.damaged = Tally(state["damaged"]) if self.rank == 0 else Tally.of(len(self.names))

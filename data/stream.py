@@ -10,7 +10,7 @@ shows is left out of its pack by the rank that has it, and the plan stays as it 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,8 @@ from .tokenizer import Tokenizer
 from .volumes import UnreachableError
 
 MAX_SKIPPED_IN_A_ROW = 100
+HOW_IT_RUNS = ("num_workers", "prefetch_factor", "max_bad_share")
+"""Fields of LoaderConfig that the plan does not depend on."""
 MAY_BE_ZERO = ("data_seed", "max_buffer_size", "num_workers", "max_bad_share")
 
 
@@ -128,12 +130,20 @@ class Planner:
         tokenizer: Tokenizer,
     ) -> None:
         self.config, self.packing, self.special = config, packing, tokenizer.special
+        settings = {k: v for k, v in asdict(config).items() if k not in HOW_IT_RUNS}
+        self.settings: dict[str, Any] = settings
+        """What the plan depends on, beside the records: plain values by name."""
         self.datasets: list[Dataset] = []
         weights: list[float] = []
         mandatory: list[range] = []
-        for group in mixture:
+        for number, group in enumerate(mixture, 1):
             task = group.make_task(tokenizer)
             task.require_strides(packing.latent_stride, packing.vit_patch_size)
+            own = asdict(group) | {
+                "task": type(task).__name__,
+                "datasets": [dataset.weight for dataset in group.datasets],
+            }
+            settings |= {f"group {number}: {key}": value for key, value in own.items()}
             first = len(self.datasets)
             for dataset in group.datasets:
                 seed = config.data_seed + len(self.datasets)

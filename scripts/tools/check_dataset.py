@@ -34,7 +34,7 @@ from data.loader import end_with_the_parent  # noqa: E402
 from data.packer import PackerConfig  # noqa: E402
 from data.records import Form  # noqa: E402
 from data.sources import JsonlRecords  # noqa: E402
-from data.stream import LoaderConfig, Planner  # noqa: E402
+from data.stream import HOW_IT_RUNS, LoaderConfig, Planner  # noqa: E402
 from data.tasks import TASKS  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from data.transforms import ResizeRule  # noqa: E402
@@ -46,7 +46,7 @@ RULES_OF = "configs/data/finetuned_example.yaml"
 LIMITS = {
     f.name: f.default
     for f in fields(LoaderConfig)
-    if f.name not in ("num_workers", "prefetch_factor", "max_bad_share")
+    if f.name not in HOW_IT_RUNS
 }
 
 

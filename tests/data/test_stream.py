@@ -374,6 +374,41 @@ def test_another_mixture_is_refused(checkpoint, two_sets, tmp_path):
     assert text.endswith("['one', 6] -> ['one', 5]; ['other', 7] -> ['others', 7]")
 
 
+def test_other_settings_of_the_plan_are_refused(checkpoint, two_sets, tmp_path):
+    packs = loader(checkpoint, two_sets)
+    packs.next_batch()
+    state = json.loads(json.dumps(packs.state_dict()))
+    limits = {"data_seed": 7, "max_num_tokens": 191, "max_buffer_size": 2}
+    for name, value in limits.items():
+        old = getattr(packs.config, name)
+        with pytest.raises(ValueError, match=f"other settings: {name}: {old} -> {value}. Set"):
+            loader(checkpoint, two_sets, **{name: value}).load_state_dict(state)
+    content = yaml.safe_load(two_sets.read_text())
+    group = content["restoration"]
+    changes = {"weight": 3, "is_mandatory": True, "shuffle_lines": True, "shuffle_seed": 1}
+    changes["image_transform_args"] = group["image_transform_args"] | {"max_image_size": 20}
+    for key, value in changes.items():
+        text = yaml.safe_dump({"restoration": group | {key: value}}).replace(
+            "${data_root}", str(two_sets.parent)
+        )
+        (tmp_path / "mixture.yaml").write_text(text)
+        with pytest.raises(ValueError, match=f"settings: group 1: {key}: .* -> .*. Set them back"):
+            loader(checkpoint, tmp_path / "mixture.yaml").load_state_dict(state)
+    group["datasets"][1]["weight"] = 9
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump({"restoration": group}))
+    groups = load_mixture(tmp_path / "mixture.yaml", two_sets.parent)
+    arguments = LoaderConfig(**LIMITS), packs.packer_config, Tokenizer(checkpoint)
+    with pytest.raises(ValueError, match=r"group 1: datasets: \[1.0, 1.0\] -> \[1.0, 9\]"):
+        PackedLoader(groups, *arguments).load_state_dict(state)
+    # How it runs is no part of the plan, nor is another name of the task.
+    text = two_sets.read_text().replace("restoration:", "editing:")
+    (tmp_path / "mixture.yaml").write_text(text)
+    groups = load_mixture(tmp_path / "mixture.yaml", two_sets.parent)
+    again = PackedLoader(groups, *arguments)
+    again.load_state_dict(state)
+    assert digest(again.next_batch()) == digest(packs.next_batch())
+
+
 def test_reweighted_answers():
     """1 / sqrt(n) for each of the n labels of a sample: n ids and the end of each answer."""
     texts = {n: TextSegment(ids=[5] * n, answer=True) for n in (1, 3, 8)}
