@@ -6,6 +6,7 @@ droppable where inference uses guidance: before an image that is drawn, not befo
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -189,10 +190,9 @@ class TextToImageTask(Task):
     def _captions(self, record: Record) -> list[str]:
         found: Any = record.raw.get("captions", record.raw.get("caption", record.instruction))
         if isinstance(found, str) and found.lstrip()[:1] in ("{", "["):
-            try:
+            # Else it is a text that begins so: `[CT] axial slice`.
+            with suppress(ValueError, RecursionError):
                 found = json.loads(found)
-            except ValueError as error:
-                raise RecordError(f"{record.source}: captions is no JSON: {error}") from error
         values = found.values() if isinstance(found, dict) else found
         captions = [found] if isinstance(found, str) else [v for v in values or () if v]
         if not any(captions) or not all(isinstance(caption, str) for caption in captions):
