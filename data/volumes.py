@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from errno import EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -74,7 +74,7 @@ class Scan:
 
 
 @contextmanager
-def named_errors(path: str | Path, *others: type[Exception]) -> Iterator[None]:
+def named_errors(path: str | Path | BinaryIO, *others: type[Exception]) -> Iterator[None]:
     """What a reader raises (DAMAGE and `others`) becomes an ImageError that names the file, an
     UnreachableError where another try may succeed."""
     faults: tuple[type[Exception], ...] = (*DAMAGE, *others)
@@ -111,7 +111,7 @@ def _brightness(values: np.ndarray) -> Range:
     return float(low), float(high)
 
 
-def dicom_header(path: str | Path) -> Any:
+def dicom_header(path: str | Path | BinaryIO) -> Any:
     """The pydicom data set of an image without its pixels; raises ImageError."""
     with named_errors(path, _package("pydicom.errors").BytesLengthException):
         header = _package("pydicom").dcmread(path, force=True, stop_before_pixels=True)
@@ -129,7 +129,7 @@ def _count_frames(dataset: Any, files: int = 1) -> int:
 
 
 def read_dicom(
-    *paths: str | Path, frame: int | None = None, value_range: Range | None = None
+    *paths: str | Path | BinaryIO, frame: int | None = None, value_range: Range | None = None
 ) -> Scan:
     """The frames of a file, or of the files of a series, by position; or one as it is stored.
 
@@ -153,7 +153,7 @@ def read_dicom(
             headers += found
     if len(scans) == 1:
         return scans[0]
-    with named_errors(paths[0] if len(paths) == 1 else Path(paths[0]).parent):
+    with named_errors(paths[0] if len(paths) == 1 else Path(str(paths[0])).parent):
         placed = len(paths) > 1 or len({str(h.get("ImagePositionPatient")) for h in headers}) > 1
         order = _order(headers) if placed else range(len(headers))
         return _stacked([scans[i] for i in order], [headers[i] for i in order])

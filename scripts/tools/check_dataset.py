@@ -43,11 +43,7 @@ from scripts.tools.dataset_checks import Checker, Finding, HeldOut, Outcome  # n
 
 RULES_OF = "configs/data/finetuned_example.yaml"
 """Has the resize rules for a folder of JSONL files."""
-LIMITS = {
-    f.name: f.default
-    for f in fields(LoaderConfig)
-    if f.name not in HOW_IT_RUNS
-}
+LIMITS = {f.name: f.default for f in fields(LoaderConfig) if f.name not in HOW_IT_RUNS}
 
 
 @dataclass

@@ -13,11 +13,15 @@ import pyarrow.parquet
 import pytest
 import yaml
 from PIL import Image
+from pydicom.data import get_testdata_file
 
 from data import sources
 from data.config import load_mixture
-from data.records import Form, RecordError, parse_record
+from data.files import NamedBytes
+from data.images import ImageError, image_size, read_image
+from data.records import Form, ImageRef, RecordError, parse_record
 from data.sources import JsonlRecords, ParquetRecords, good_records
+from data.tasks import open_image
 from tests.data.test_skipping import loader
 from tests.data.test_stream import digest
 from tests.helpers import write_mixture, write_pairs
@@ -163,3 +167,27 @@ def test_a_stream_from_urls_is_the_one_from_the_disk(checkpoint, tmp_path):
         ValueError, match=r"jsonl_path memory://elsewhere/pairs/train.jsonl does no"
     ):
         load_mixture(path, "memory://elsewhere")
+
+
+def test_scans_at_a_url_and_in_parquet_are_those_on_the_disk(tmp_path):
+    file = Path(get_testdata_file("CT_small.dcm", download=False))
+    fsspec.filesystem("memory").pipe("/scans/a.dcm", file.read_bytes())
+    fsspec.filesystem("memory").pipe("/scans/a.nii.gz", b"no matter")
+    expected, size = read_image(file), image_size(file)
+    there = ImageRef(path="a.dcm"), ImageRef(path="f:1: image", content=file.read_bytes())
+    for ref in there:
+        assert np.array_equal(open_image("memory://scans", ref), expected)
+        content = NamedBytes(file.read_bytes(), ref.path)
+        assert image_size(content) == size == expected.size == (128, 128)
+    with pytest.raises(ImageError, match=r"^memory://scans/a.nii.gz: NIfTI is read from local"):
+        open_image("memory://scans", ImageRef(path="a.nii.gz"))
+
+
+def test_messages_about_bytes_name_them(tmp_path):
+    """An address in memory would differ from process to process."""
+    ref = ImageRef(path="f:3: image", content=b"no image")
+    with pytest.raises(ImageError) as caught:
+        open_image(tmp_path, ref)
+    assert str(caught.value) == "f:3: image: cannot identify image file 'f:3: image'"
+    with pytest.raises(ImageError, match="^encoded image: cannot .* file 'encoded image'$"):
+        read_image(io.BytesIO(b"no image"))
