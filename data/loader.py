@@ -235,8 +235,8 @@ class _Packs(IterableDataset):
             for step in count():
                 packs = [self.planner.next_pack() for _ in range(self.world_size)]
                 if step % workers == worker:
-                    batch, bad = self.planner.decode(packs[self.rank])
-                    taken = [draw.dataset for draw in packs[self.rank]]
+                    batch, bad, tried = self.planner.decode(packs[self.rank])
+                    taken = [draw.dataset for draw in tried]
                     yield batch, self.planner.state(), taken, bad
         except (ValueError, OSError) as error:
             # Raised by the loader, it keeps its type and its one line of text.

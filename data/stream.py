@@ -189,13 +189,13 @@ class Planner:
             self.packed[draw.dataset] += 1
         return pack
 
-    def decode(self, pack: list[Draw]) -> tuple[PackedBatch, list[Bad]]:
-        """The batch of a pack, without its samples that cannot be decoded.
+    def decode(self, pack: list[Draw]) -> tuple[PackedBatch, list[Bad], list[Draw]]:
+        """The batch of a pack, without its samples that cannot be decoded; those; all it tried.
 
         If that is all of them, other records of their data set stand in. Raises ValueError when
         these cannot be decoded either.
         """
-        packer, bad = Packer(self.packing, self.special), list[Bad]()
+        packer, bad, tried = Packer(self.packing, self.special), list[Bad](), [*pack]
         for draw in pack:
             self._add(packer, draw, bad)
         reserve = self._reserve(pack[0])
@@ -204,7 +204,8 @@ class Planner:
                 text = f"{len(bad)} samples in a row cannot be decoded; the last"
                 raise ValueError(f"{text}: {bad[-1].message}")
             self._add(packer, stand_in, bad)
-        return packer.build(), bad
+            tried.append(stand_in)
+        return packer.build(), bad, tried
 
     def _add(self, packer: Packer, draw: Draw, bad: list[Bad]) -> None:
         dataset = self.datasets[draw.dataset]

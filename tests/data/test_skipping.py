@@ -153,6 +153,21 @@ def test_too_many_end_the_run(checkpoint, tmp_path, workers):
         packs.next_batch()
 
 
+def test_stand_ins_count_among_the_samples_that_were_tried(checkpoint, tmp_path):
+    """One sample a pack, 9 of 10 damaged: there are more bad ones than packs."""
+    write_pairs(tmp_path / "pairs", 10)
+    for i in range(9):
+        (tmp_path / "pairs" / "images" / f"{i}_clean.png").write_bytes(b"no image")
+    mixture = write_mixture(tmp_path / "mixture.yaml", tmp_path / "pairs")
+    packs = loader(checkpoint, mixture, expected_num_tokens=1, max_bad_share=0.5)
+    good = 0
+    with pytest.raises(ValueError, match="samples cannot be used, more than max_bad") as caught:
+        for good in range(100):  # noqa: B007
+            packs.next_batch()
+    bad, seen = map(int, re.findall(r"pairs: (\d+) of (\d+) samples", str(caught.value))[0])
+    assert seen == bad + good + 1 and bad >= 10
+
+
 @pytest.mark.parametrize("stated", [True, False])
 def test_nothing_but_bad_samples_ends_the_run(checkpoint, tmp_path, stated):
     lines = write_pairs(tmp_path / "pairs", 30)

@@ -216,8 +216,9 @@ def test_lengths_follow_the_choice_of_a_caption(checkpoint, tmp_path):
     stream, found = planner(checkpoint, mixture), set()
     for _ in range(12):
         pack = stream.next_pack()
-        batch, bad = stream.decode(pack)
-        assert batch.sample_lens == tuple(draw.tokens for draw in pack) and not bad
+        batch, bad, tried = stream.decode(pack)
+        assert batch.sample_lens == tuple(draw.tokens for draw in pack)
+        assert tried == pack and not bad
         found |= {(draw.record, draw.tokens) for draw in pack}
     assert len(found) == 2 * 3
 
