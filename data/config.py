@@ -91,8 +91,8 @@ def load_mixture(path: str | Path, data_root: str | Path | None = None) -> tuple
 def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
     """Raises ValueError with the file and the line for what is no YAML."""
     try:
-        return yaml.load(path.read_text(), loader)
-    except yaml.YAMLError as error:
+        return yaml.load(path.read_text("utf-8"), loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: no YAML: {error}") from error
 
 
@@ -167,7 +167,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _group(where: str, name: str, content: Any, root: str) -> GroupConfig:
     own = isinstance(content, Lined) and "task" in content
     task = content["task"] if own else name
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         here, what = (at_line(where, content, "task"), "task") if own else (where, "key")
         raise ValueError(
             f"{here}: unknown {what} {task!r}; {nearest(str(task), TASKS)} "

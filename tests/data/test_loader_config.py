@@ -232,6 +232,7 @@ def test_a_mixture(tmp_path):
         ),
         (lambda m: m["restoration"]["datasets"][0].update(jsonl_path=5), "jsonl_path"),
         (lambda m: m["restoration"]["datasets"][0].update(num_used_data="10"), "num_used_data"),
+        (lambda m: m["restoration"].update(task=["a"]), "restoration: unknown task ['a']; known"),
         (lambda m: m.update(restoration=3), "a mapping is expected, not 3"),
         (lambda m: m.clear(), "a mapping of tasks is expected"),
     ],
@@ -273,6 +274,13 @@ def test_mistakes_are_found_in_their_line(tmp_path):
         found = str(caught.value)
         assert told[line] in found
         assert f"{path}:{line}: " in found or f"line {line}," in found, (line, found)
+
+
+def test_a_mixture_in_another_encoding_is_named(tmp_path):
+    path = tmp_path / "mixture.yaml"
+    path.write_bytes("größe:".encode("latin-1"))
+    with pytest.raises(ValueError, match=f"^{path}: no YAML: 'utf-8' codec .* position 2.*[^\n]$"):
+        load_mixture(path)
 
 
 def test_groups_by_name_task_and_old_class(tmp_path):

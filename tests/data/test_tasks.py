@@ -139,6 +139,16 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
         ["text:What?", "text:No.!"],
     ),
     (
+        "vlm_sft",
+        {"image": None, "message": said(("human", "What?"), ("gpt", "No."))},
+        ["text:What?", "text:No.!"],
+    ),
+    (
+        "text_to_image",
+        {"output_img": paths("b"), "captions": "A scan.", "message": None},
+        ["text:A scan.?", "vae:b!"],
+    ),
+    (
         "vqa_reconstruction SftJSONLIterableDataset_with_VisualReconstruction_Ver1"
         " SftJSONLIterableDataset_with_VisualReconstruction_Ver2",
         {
