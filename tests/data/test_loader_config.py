@@ -341,7 +341,7 @@ def test_values_of_another_type_are_refused(tmp_path, key, value, message):
         load_mixture(path)
 
 
-def test_a_mandatory_group_begins_every_pack(checkpoint, three_sets, tmp_path):
+def test_every_pack_holds_a_sample_of_a_mandatory_group(checkpoint, three_sets, tmp_path):
     path = write_mixture(tmp_path / "mixture.yaml", three_sets[0], weight=1e-9, is_mandatory=True)
     content = yaml.safe_load(path.read_text())
     second = write_mixture(tmp_path / "x.yaml", three_sets[2], weight=1)
@@ -351,7 +351,8 @@ def test_a_mandatory_group_begins_every_pack(checkpoint, three_sets, tmp_path):
     first = [d.name for d in packs.planner.datasets].index("one")
     for _ in range(20):
         pack = packs.planner.next_pack()
-        assert [draw.dataset == first for draw in pack] == [True, *[False] * (len(pack) - 1)]
+        assert [draw.dataset == first for draw in pack].index(True) <= 1  # behind what waited
+        assert sum(draw.dataset == first for draw in pack) == 1
     assert packs.planner.packed[first] == 20
 
 
