@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data.records import Record, RecordError
+from data.records import Record, RecordError, parse_record
 from data.sources import JsonlRecords
 
 GOOD: dict[str, Any] = {
