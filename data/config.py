@@ -49,7 +49,8 @@ class GroupConfig:
     weight: float = 1.0
     """Share of the group's samples is weight / sum of weights."""
     is_mandatory: bool = False
-    """Every pack begins with a sample of the group."""
+    """Every pack holds a sample of the group, unless that does not fit beside the one that has
+    waited longest; it comes in a later pack then."""
     image_transform_args: ResizeRule = NO_IMAGES
     vit_image_transform_args: ResizeRule = NO_IMAGES
     shuffle_lines: bool = False
@@ -90,8 +91,8 @@ def load_mixture(path: str | Path, data_root: str | Path | None = None) -> tuple
 def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
     """Raises ValueError with the file and the line for what is no YAML."""
     try:
-        return yaml.load(path.read_text(), loader)
-    except yaml.YAMLError as error:
+        return yaml.load(path.read_text("utf-8"), loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: no YAML: {error}") from error
 
 
@@ -166,7 +167,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _group(where: str, name: str, content: Any, root: str) -> GroupConfig:
     own = isinstance(content, Lined) and "task" in content
     task = content["task"] if own else name
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         here, what = (at_line(where, content, "task"), "task") if own else (where, "key")
         raise ValueError(
             f"{here}: unknown {what} {task!r}; {nearest(str(task), TASKS)} "

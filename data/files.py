@@ -44,7 +44,7 @@ def files_of(where: Place, suffix: str) -> list[Place]:
 
 
 class NamedBytes(io.BytesIO):
-    """The content of a file; `str` tells its name, so that messages about it do."""
+    """The content of a file; `str` and `repr` tell its name, so that messages about it do."""
 
     def __init__(self, content: bytes, name: str) -> None:
         super().__init__(content)
@@ -52,3 +52,6 @@ class NamedBytes(io.BytesIO):
 
     def __str__(self) -> str:
         return self.name
+
+    def __repr__(self) -> str:
+        return repr(self.name)

@@ -4,7 +4,7 @@ PNG, JPEG and TIFF (its first page), 8, 16 and 32 bits, grey, RGB and RGBA; DICO
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .files import NamedBytes
 from .volumes import (
     MAX_PIXELS,
     Axis,
@@ -31,22 +32,28 @@ GREY_RANGES = {"F": (0.0, 1.0), "I": (0.0, 65535.0)}
 """Values of black and white by the first letter of a mode of more than 8 bits."""
 
 
-def _name(path: str | Path | BinaryIO) -> str:
-    return "encoded image" if type(path) is BytesIO else str(path)
+ImageFile = str | Path | BinaryIO
+"""A file, or one that is open or in memory."""
 
 
-def file_kind(path: str | Path) -> Literal["nifti", "dicom", "image"]:
+def file_kind(path: ImageFile) -> Literal["nifti", "dicom", "image"]:
     """By the suffix; a DICOM file also by its first bytes. Raises ImageError."""
-    name = Path(path).name.lower()
+    name = str(path).lower()
     if name.endswith((".nii", ".nii.gz")):
         return "nifti"
-    with named_errors(path), Path(path).open("rb") as file:
+    with named_errors(path), _bytes_of(path) as file:
         is_dicom = name.endswith((".dcm", ".dicom")) or file.read(132)[128:] == b"DICM"
+        file.seek(0)
         return "dicom" if is_dicom else "image"
 
 
+def _bytes_of(path: ImageFile) -> AbstractContextManager[BinaryIO]:
+    """Closed at the end if it is opened here."""
+    return Path(path).open("rb") if isinstance(path, str | Path) else nullcontext(path)
+
+
 def read_scan(
-    path: str | Path,
+    path: ImageFile,
     *,
     axis: Axis = "axial",
     frame: int | None = None,
@@ -64,6 +71,8 @@ def read_scan(
     if kind == "image":
         with _opened(path, frame or 0) as image:
             return _scan(image, value_range)
+    if not isinstance(path, str | Path):
+        raise ImageError(f"{path}: NIfTI is read from local files alone: copy it to a folder")
     scan = read_nifti(path, axis, volume, value_range)
     if frame is None:
         return scan
@@ -72,12 +81,18 @@ def read_scan(
     return replace(scan, values=scan.values[frame], spacing=scan.spacing[1:])
 
 
-def read_image(path: str | Path | BinaryIO) -> Image.Image:
-    """The RGB image of a file, or of one that is open or in memory.
+def _named(path: ImageFile) -> ImageFile:
+    """What has no name but its address in memory gets one."""
+    return NamedBytes(path.getvalue(), "encoded image") if type(path) is BytesIO else path
+
+
+def read_image(path: ImageFile) -> Image.Image:
+    """The RGB image of a file.
 
     Raises ImageError for a missing, damaged or oversized file, and for a volume.
     """
-    if isinstance(path, str | Path) and file_kind(path) != "image":
+    path = _named(path)
+    if file_kind(path) != "image":
         scan = read_scan(path)
         if scan.is_volume:
             slices = len(scan.values)
@@ -88,9 +103,10 @@ def read_image(path: str | Path | BinaryIO) -> Image.Image:
         return to_rgb(image)
 
 
-def image_size(path: str | Path | BinaryIO) -> tuple[int, int]:
+def image_size(path: ImageFile) -> tuple[int, int]:
     """(width, height) from the header of a file; raises ImageError as `read_image` does."""
-    if isinstance(path, str | Path) and file_kind(path) == "dicom":
+    path = _named(path)
+    if file_kind(path) == "dicom":
         header = dicom_header(path)
         return header.Columns, header.Rows
     with _opened(path) as image:
@@ -98,10 +114,10 @@ def image_size(path: str | Path | BinaryIO) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(path: str | Path | BinaryIO, page: int = 0) -> Iterator[Image.Image]:
+def _opened(path: ImageFile, page: int = 0) -> Iterator[Image.Image]:
     """The image of a file before its pixels are decoded."""
     try:
-        with named_errors(_name(path)), Image.open(path) as image:
+        with named_errors(path), Image.open(path) as image:
             image.seek(page)
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(
@@ -109,7 +125,7 @@ def _opened(path: str | Path | BinaryIO, page: int = 0) -> Iterator[Image.Image]
                 )
             yield image
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{_name(path)}: {error}") from error
+        raise ImageError(f"{path}: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

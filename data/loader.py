@@ -36,8 +36,8 @@ class PackedLoader:
     wraps: records come again in the next epoch.
 
     Samples that cannot be used are left out and counted. Taking a batch raises ValueError when
-    these are too many (`max_bad_share`, or one after the other), OSError for a file of records,
-    ChildProcessError for a worker that died.
+    these are too many (`max_bad_share`, or one after the other), UnreachableError
+    and OSError where a file system fails, ChildProcessError for a worker that died.
     """
 
     def __init__(
@@ -141,15 +141,27 @@ class PackedLoader:
     def state_dict(self) -> dict[str, Any]:
         sets = [[d.name, len(d.records)] for d in self.planner.datasets]
         damaged = Tally(self.damaged.found).found
-        return {"datasets": sets} | self.planner.state() | {"damaged": damaged}
+        own = {"datasets": sets, "settings": {**self.planner.settings}}
+        return own | self.planner.state() | {"damaged": damaged}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError when the state belongs to another mixture."""
+        """Raises ValueError when the state belongs to another mixture or other settings."""
         pairs = zip_longest(state["datasets"], self.state_dict()["datasets"])
         if changed := [f"{saved} -> {ours}" for saved, ours in pairs if saved != ours]:
             raise ValueError(
                 "dataset_config_file: the saved stream has other data sets (name, records): "
                 + "; ".join(changed)
+            )
+        saved, ours = state.get("settings", {}), self.planner.settings
+        if changed := [
+            f"{name}: {saved.get(name)} -> {ours.get(name)}"
+            for name in {**saved, **ours}
+            if saved.get(name) != ours.get(name)
+        ]:
+            raise ValueError(
+                f"the saved stream was planned with other settings: {'; '.join(changed)}. Set them "
+                "back, or take the weights alone into a new run: --resume_from with "
+                "--resume_model_only True and another checkpoint_dir"
             )
         self.planner.load(state)
         self.damaged = Tally(state["damaged"]) if self.rank == 0 else Tally.of(len(self.names))
@@ -176,8 +188,18 @@ class PackedLoader:
 
 
 def joined_states(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The state of a run, from those of its ranks at one step."""
+    """The state of a run, from those of its ranks at one step.
+
+    Raises ValueError unless all ranks have planned the same stream.
+    """
     first, *others = states
+    for key in sorted({*first} - {"damaged", "skipped"}):
+        if any(state[key] != first[key] for state in others):
+            found = "; ".join(f"rank {r} {state[key]!r:.300}" for r, state in enumerate(states))
+            raise ValueError(
+                f"the ranks have planned different streams: {key} is {found}. Do all of them read "
+                "the same files? The run goes on from its last step folder"
+            )
     damaged = Tally(first["damaged"])
     for state in others:
         for dataset, found in enumerate(state["damaged"]):
@@ -213,8 +235,8 @@ class _Packs(IterableDataset):
             for step in count():
                 packs = [self.planner.next_pack() for _ in range(self.world_size)]
                 if step % workers == worker:
-                    batch, bad = self.planner.decode(packs[self.rank])
-                    taken = [draw.dataset for draw in packs[self.rank]]
+                    batch, bad, tried = self.planner.decode(packs[self.rank])
+                    taken = [draw.dataset for draw in tried]
                     yield batch, self.planner.state(), taken, bad
         except (ValueError, OSError) as error:
             # Raised by the loader, it keeps its type and its one line of text.

@@ -28,6 +28,8 @@ class _Segment:
     """A part of a sample. `droppable` conditions are left out by their dropout probability."""
 
     droppable: bool = False
+    with_text: bool = False
+    """Left out with the droppable text before it, by one draw for both."""
     end_label: int | None = None
     """Token that the segment's last token is trained to announce, if any."""
 
@@ -140,10 +142,14 @@ class Packer:
 
     def add(self, sample: Sample, generator: torch.Generator, answer_weight: float = 1.0) -> None:
         """Packs one sample; `answer_weight` weighs its labels in the cross-entropy."""
-        before, position = self.num_tokens, 0
+        before, position, text_dropped = self.num_tokens, 0, False
         for segment in sample.segments:
-            if segment.droppable and self._dropped(segment, generator):
-                position += not isinstance(segment, TextSegment)
+            is_text = isinstance(segment, TextSegment)
+            dropped = segment.droppable and self._dropped(segment, generator)
+            if is_text and segment.droppable:
+                text_dropped = dropped
+            if dropped or (segment.with_text and text_dropped):
+                position += not is_text
                 continue
             if isinstance(segment, TextSegment):
                 mode, offsets = self._add_text(segment)

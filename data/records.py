@@ -112,7 +112,7 @@ def _entries(
 ) -> tuple[Any, ...]:
     field = next((name for name in fields if name in raw), fields[0] if needed else "")
     value = raw.get(field)
-    if not needed and (not field or value == []):
+    if not needed and (not field or value is None or value == []):
         return ()
     if read is _image and isinstance(value, str | bytes | dict):
         value = [value]

@@ -15,6 +15,8 @@ from .files import Place, files_of, open_binary
 from .records import RESTORATION, Form, Record, RecordError, parse_record, record_of
 
 BLOCK_BYTES = 2**24
+HELD_BYTES = 2**28
+"""Of row groups that a process keeps of a parquet data set; the last one read may be larger."""
 
 
 class JsonlRecords:
@@ -92,8 +94,9 @@ def _lines(block: bytes) -> tuple[np.ndarray, np.ndarray]:
 class ParquetRecords:
     """Rows of parquet files: a file, or a folder of which the first `used` (0: all) are taken.
 
-    One row group is held at a time, so records in `order` come group by group, shuffled within
-    each. Raises RecordError without any row, ValueError without pyarrow.
+    A few row groups are held at a time, so records in `order` come group by group, shuffled within
+    each. Planning is ahead of decoding, by groups that must not evict each other. Raises
+    RecordError without any row, ValueError without pyarrow.
     """
 
     def __init__(self, path: Place, form: Form = RESTORATION, used: int = 0) -> None:
@@ -101,8 +104,8 @@ class ParquetRecords:
         self.files = files_of(path, ".parquet")[: used or None]
         self._groups: list[tuple[int, int]] = []
         """(file, row group)"""
-        self._open: tuple[int, Any] = (-1, None)
-        """Number and rows of the group that was read last."""
+        self._held: dict[int, Any] = {}
+        """Rows of groups by number, the last used last."""
         rows = [0]
         for number, file in enumerate(self.files):
             with open_binary(file) as opened:
@@ -118,14 +121,22 @@ class ParquetRecords:
 
     def __getitem__(self, index: int) -> Record:
         group = self._group(index)
-        number, inside = self._groups[group]
-        if self._open[0] != group:
-            with open_binary(self.files[number]) as opened:
-                self._open = group, _parquet_file(opened).read_row_group(inside)
         row = index - int(self._ends[group])
-        (raw,) = self._open[1].slice(row, 1).to_pylist()
+        (raw,) = self._rows(group).slice(row, 1).to_pylist()
         present = {k: v for k, v in raw.items() if v is not None}
         return record_of(present, self.source(index), self.form)
+
+    def _rows(self, group: int) -> Any:
+        rows = self._held.pop(group, None)
+        if rows is None:
+            number, inside = self._groups[group]
+            with open_binary(self.files[number]) as opened:
+                rows = _parquet_file(opened).read_row_group(inside)
+            held = rows.nbytes + sum(others.nbytes for others in self._held.values())
+            while self._held and held > HELD_BYTES:
+                held -= self._held.pop(next(iter(self._held))).nbytes
+        self._held[group] = rows
+        return rows
 
     def source(self, index: int) -> str:
         number, _ = self._groups[self._group(index)]
@@ -138,7 +149,7 @@ class ParquetRecords:
         return int(np.searchsorted(self._ends, index, side="right")) - 1
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_open": (-1, None)}
+        return vars(self) | {"_held": {}}
 
     def order(self, rng: np.random.Generator) -> np.ndarray:
         groups = rng.permutation(len(self._groups))

@@ -10,7 +10,7 @@ shows is left out of its pack by the rank that has it, and the plan stays as it 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,8 +27,11 @@ from .sources import Records
 from .tally import TOO_LONG, Bad, Tally, reason_of
 from .tasks import Task
 from .tokenizer import Tokenizer
+from .volumes import UnreachableError
 
 MAX_SKIPPED_IN_A_ROW = 100
+HOW_IT_RUNS = ("num_workers", "prefetch_factor", "max_bad_share")
+"""Fields of LoaderConfig that the plan does not depend on."""
 MAY_BE_ZERO = ("data_seed", "max_buffer_size", "num_workers", "max_bad_share")
 
 
@@ -44,7 +47,8 @@ class LoaderConfig:
     prefer_buffer_before: int = 16384
     """While a pack holds fewer tokens, samples that wait in the buffer come first."""
     max_buffer_size: int = 50
-    """Samples that may wait; one more that does not fit closes the pack. 0 keeps the order."""
+    """Samples that may wait; one more that does not fit closes the pack. 0 keeps the order.
+    Samples of mandatory groups may wait beside them."""
     max_bad_share: float = 0.01
     """A run ends once more samples of a data set cannot be used, for other reasons than their
     length, and they are at least `tally.MIN_BAD`."""
@@ -126,12 +130,20 @@ class Planner:
         tokenizer: Tokenizer,
     ) -> None:
         self.config, self.packing, self.special = config, packing, tokenizer.special
+        settings = {k: v for k, v in asdict(config).items() if k not in HOW_IT_RUNS}
+        self.settings: dict[str, Any] = settings
+        """What the plan depends on, beside the records: plain values by name."""
         self.datasets: list[Dataset] = []
         weights: list[float] = []
         mandatory: list[range] = []
-        for group in mixture:
+        for number, group in enumerate(mixture, 1):
             task = group.make_task(tokenizer)
             task.require_strides(packing.latent_stride, packing.vit_patch_size)
+            own = asdict(group) | {
+                "task": type(task).__name__,
+                "datasets": [dataset.weight for dataset in group.datasets],
+            }
+            settings |= {f"group {number}: {key}": value for key, value in own.items()}
             first = len(self.datasets)
             for dataset in group.datasets:
                 seed = config.data_seed + len(self.datasets)
@@ -145,9 +157,14 @@ class Planner:
             weights += [group.weight * size / sum(sizes) for size in sizes]
             if group.is_mandatory:
                 mandatory.append(range(first, len(self.datasets)))
+        if len(mandatory) > config.max_buffer_size + 1:
+            raise ValueError(
+                f"max_buffer_size={config.max_buffer_size} must be {len(mandatory) - 1} or more "
+                f"for {len(mandatory)} groups with is_mandatory: what does not fit has to wait"
+            )
         self.shares = np.array(weights) / np.sum(weights)
         self.mandatory = [self._shares_of(sets) for sets in mandatory]
-        """Of each group that every pack begins with."""
+        """Of each mandatory group."""
         self.draws, self.packed = [0] * len(weights), [0] * len(weights)
         self.skipped = Tally.of(len(weights))
         self.buffer: list[Draw] = []
@@ -158,25 +175,27 @@ class Planner:
 
     def next_pack(self) -> list[Draw]:
         """Raises ValueError when sample after sample cannot be used."""
-        pack: list[Draw] = []
-        tokens = 0
-        while len(pack) < len(self.mandatory) or tokens < self.config.expected_num_tokens:
-            rest = len(pack) >= len(self.mandatory)
-            shares = self.shares if rest else self.mandatory[len(pack)]
-            if (draw := self._next_that_fits(tokens, shares)) is None:
+        # Whatever group the longest wait is of: else no room might ever be left for it.
+        pack = self.buffer[:1]
+        del self.buffer[:1]
+        for shares in self.mandatory:
+            if not any(shares[draw.dataset] for draw in pack):
+                pack += self._next_that_fits(pack, shares, mandatory=True)
+        while sum(draw.tokens for draw in pack) < self.config.expected_num_tokens:
+            if not (found := self._next_that_fits(pack, self.shares)):
                 break
-            pack.append(draw)
-            tokens += draw.tokens
+            pack += found
+        for draw in pack:
             self.packed[draw.dataset] += 1
         return pack
 
-    def decode(self, pack: list[Draw]) -> tuple[PackedBatch, list[Bad]]:
-        """The batch of a pack, without its samples that cannot be decoded.
+    def decode(self, pack: list[Draw]) -> tuple[PackedBatch, list[Bad], list[Draw]]:
+        """The batch of a pack, without its samples that cannot be decoded; those; all it tried.
 
         If that is all of them, other records of their data set stand in. Raises ValueError when
         these cannot be decoded either.
         """
-        packer, bad = Packer(self.packing, self.special), list[Bad]()
+        packer, bad, tried = Packer(self.packing, self.special), list[Bad](), [*pack]
         for draw in pack:
             self._add(packer, draw, bad)
         reserve = self._reserve(pack[0])
@@ -185,7 +204,8 @@ class Planner:
                 text = f"{len(bad)} samples in a row cannot be decoded; the last"
                 raise ValueError(f"{text}: {bad[-1].message}")
             self._add(packer, stand_in, bad)
-        return packer.build(), bad
+            tried.append(stand_in)
+        return packer.build(), bad, tried
 
     def _add(self, packer: Packer, draw: Draw, bad: list[Bad]) -> None:
         dataset = self.datasets[draw.dataset]
@@ -193,7 +213,7 @@ class Planner:
             record = dataset.records[draw.record]
             sample = dataset.task.sample(record, dataset.folder, draw.seed)
         except (RecordError, ImageError) as error:
-            bad.append(Bad(draw.dataset, reason_of(error), str(error)))
+            bad.append(_judged(draw.dataset, error))
             return
         packer.add(sample, torch.Generator().manual_seed(draw.seed))
 
@@ -222,28 +242,39 @@ class Planner:
         self.skipped = Tally(state["skipped"])
         self.buffer = [Draw(*draw) for draw in state["buffer"]]
 
-    def _next_that_fits(self, tokens: int, shares: np.ndarray) -> Draw | None:
-        """The next sample of a pack that holds `tokens`; None closes the pack."""
+    def _next_that_fits(
+        self, pack: list[Draw], shares: np.ndarray, mandatory: bool = False
+    ) -> list[Draw]:
+        """The next sample of a pack. None closes the pack, or leaves it without this group."""
         config, skipped = self.config, 0
+        tokens = sum(draw.tokens for draw in pack)
         room = config.max_num_tokens - tokens
-        if tokens < config.prefer_buffer_before:
-            for place, waiting in enumerate(self.buffer):
-                if waiting.tokens <= room and shares[waiting.dataset]:
-                    return self.buffer.pop(place)
+        preferred = mandatory or tokens < config.prefer_buffer_before
+        waiting = [i for i, draw in enumerate(self.buffer) if preferred and shares[draw.dataset]]
+        for place in waiting:
+            if self.buffer[place].tokens <= room:
+                return [self.buffer.pop(place)]
+        if waiting if mandatory else len(self.buffer) > config.max_buffer_size:
+            return []
         while skipped < MAX_SKIPPED_IN_A_ROW:
             found = self._draw(shares)
             fits = isinstance(found, Draw) and found.tokens <= room
-            if isinstance(found, Draw) and not fits and len(self.buffer) >= config.max_buffer_size:
-                return None
+            full = isinstance(found, Draw) and len(self.buffer) >= config.max_buffer_size
+            if full and not fits and not self.mandatory:
+                return []
             self.draws[found.dataset] += 1
             if isinstance(found, Bad):
                 self.skipped.add(found)
                 skipped += 1
             elif fits:
-                return found
+                return [found]
             else:
                 self.buffer.append(found)
                 skipped = 0
+                # After a mandatory sample it would not be the next again, but another one: it
+                # waits too, or long ones would be drawn less often than their share.
+                if mandatory or full:
+                    return []
         raise ValueError(f"{skipped} samples in a row cannot be used; the last: {found[-1]}")
 
     def _draw(self, shares: np.ndarray) -> Draw | Bad:
@@ -259,8 +290,16 @@ class Planner:
         try:
             tokens = dataset.length(record, seed)
         except (RecordError, ImageError) as error:
-            return Bad(chosen, reason_of(error), str(error))
+            return _judged(chosen, error)
         if tokens > longest:
             text = f"{tokens} tokens exceed max_num_tokens_per_sample={longest}"
             return Bad(chosen, TOO_LONG, f"{dataset.records[record].source}: {text}")
         return Draw(chosen, record, seed, tokens)
+
+
+def _judged(dataset: int, error: RecordError | ImageError) -> Bad:
+    """Raises an UnreachableError again: left out by one rank alone, the sample would part the
+    ranks' plans."""
+    if isinstance(error, UnreachableError):
+        raise error
+    return Bad(dataset, reason_of(error), str(error))

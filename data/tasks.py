@@ -6,7 +6,8 @@ droppable where inference uses guidance: before an image that is drawn, not befo
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -21,6 +22,7 @@ from .packer import Sample, Segment, TextSegment, VaeSegment, VitSegment
 from .records import IMAGE_TAG, Form, ImageRef, Record, RecordError, Size
 from .tokenizer import Tokenizer
 from .transforms import NO_IMAGES, RULES, ResizeRule
+from .volumes import UnreachableError
 
 Picture = Image.Image | Size
 """An image, or its (width, height) where pixels are not needed."""
@@ -129,12 +131,15 @@ class RestorationTask(Task):
         return [*self._seen(degraded, droppable), self._text(instruction, droppable)]
 
     def segments(self, record: Record, look: Look, choice: Random) -> list[Segment]:
-        """Context, then the assessment as an answer (if the record has one), the clean image."""
+        """Context, then the assessment as an answer (if the record has one), the clean image. The
+        assessment is dropped with the instruction."""
         degraded, clean = look(record.inputs[0]), look(record.outputs[0])
         self._require_sizes(record, degraded, clean)
         segments = self.context(degraded, record.instruction, droppable=True)
         if record.assessment:
-            segments.append(self._text(record.assessment, answer=True))
+            # Guidance takes its image without texts from the input alone.
+            answer = self._text(record.assessment, answer=True)
+            segments.append(replace(answer, with_text=True))
         return [*segments, self._target(clean)]
 
 
@@ -171,10 +176,9 @@ class TextToImageTask(Task):
     def _captions(self, record: Record) -> list[str]:
         found: Any = record.raw.get("captions", record.raw.get("caption", record.instruction))
         if isinstance(found, str) and found.lstrip()[:1] in ("{", "["):
-            try:
+            # Else it is a text that begins so: `[CT] axial slice`.
+            with suppress(ValueError, RecursionError):
                 found = json.loads(found)
-            except ValueError as error:
-                raise RecordError(f"{record.source}: captions is no JSON: {error}") from error
         values = found.values() if isinstance(found, dict) else found
         captions = [found] if isinstance(found, str) else [v for v in values or () if v]
         if not any(captions) or not all(isinstance(caption, str) for caption in captions):
@@ -311,8 +315,10 @@ def _file(folder: Place, ref: ImageRef) -> Path | NamedBytes:
     try:
         with open_binary(where) as opened:
             return NamedBytes(opened.read(), where)
-    except OSError as error:
+    except FileNotFoundError as error:
         raise ImageError(f"{where}: {error}") from error
+    except OSError as error:
+        raise UnreachableError(f"{where}: {error}") from error
 
 
 def open_image(folder: Place, ref: ImageRef) -> Image.Image:

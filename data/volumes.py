@@ -10,9 +10,10 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from errno import EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -33,6 +34,8 @@ DISPLAY = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
 DAMAGE = (OSError, EOFError, SyntaxError, ValueError, TypeError, AttributeError, LookupError) + (
     (RuntimeError, ArithmeticError, MemoryError, struct.error, zlib.error)
 )
+FAULTS_OF_FILES = {None, ENOENT, ENOTDIR, EISDIR, EINVAL, ELOOP, ENAMETOOLONG}
+"""Numbers of OSErrors that every process gets for the same file."""
 MAX_REASON = 300
 """Characters of a reader's message: some quote the file."""
 
@@ -42,6 +45,10 @@ Range = tuple[float, float]
 
 class ImageError(ValueError):
     """An image that cannot be read; the message names the file."""
+
+
+class UnreachableError(ImageError):
+    """The file system or the network failed: the file may be good, and read well elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +77,9 @@ class Scan:
 
 
 @contextmanager
-def named_errors(path: str | Path, *others: type[Exception]) -> Iterator[None]:
-    """What a reader raises (DAMAGE and `others`) becomes an ImageError that names the file."""
+def named_errors(path: str | Path | BinaryIO, *others: type[Exception]) -> Iterator[None]:
+    """What a reader raises (DAMAGE and `others`) becomes an ImageError that names the file, an
+    UnreachableError where another try may succeed."""
     faults: tuple[type[Exception], ...] = (*DAMAGE, *others)
     try:
         yield
@@ -79,7 +87,9 @@ def named_errors(path: str | Path, *others: type[Exception]) -> Iterator[None]:
         raise
     except faults as error:
         reason = str(error)[:MAX_REASON] or type(error).__name__
-        raise ImageError(f"{path}: {reason}") from error
+        lost = isinstance(error, OSError) and error.errno not in FAULTS_OF_FILES
+        lost |= isinstance(error, TimeoutError | ConnectionError)
+        raise (UnreachableError if lost else ImageError)(f"{path}: {reason}") from error
 
 
 def require_size(*shape: int) -> None:
@@ -104,7 +114,7 @@ def _brightness(values: np.ndarray) -> Range:
     return float(low), float(high)
 
 
-def dicom_header(path: str | Path) -> Any:
+def dicom_header(path: str | Path | BinaryIO) -> Any:
     """The pydicom data set of an image without its pixels; raises ImageError."""
     with named_errors(path, _package("pydicom.errors").BytesLengthException):
         header = _package("pydicom").dcmread(path, force=True, stop_before_pixels=True)
@@ -122,7 +132,7 @@ def _count_frames(dataset: Any, files: int = 1) -> int:
 
 
 def read_dicom(
-    *paths: str | Path, frame: int | None = None, value_range: Range | None = None
+    *paths: str | Path | BinaryIO, frame: int | None = None, value_range: Range | None = None
 ) -> Scan:
     """The frames of a file, or of the files of a series, by position; or one as it is stored.
 
@@ -146,7 +156,7 @@ def read_dicom(
             headers += found
     if len(scans) == 1:
         return scans[0]
-    name = paths[0] if len(paths) == 1 else Path(paths[0]).parent
+    name = paths[0] if len(paths) == 1 else Path(str(paths[0])).parent
     with named_errors(name):
         placed = len(paths) > 1 or len({str(h.get("ImagePositionPatient")) for h in headers}) > 1
         order = _order(headers) if placed else range(len(headers))

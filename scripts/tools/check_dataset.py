@@ -34,7 +34,7 @@ from data.loader import end_with_the_parent  # noqa: E402
 from data.packer import PackerConfig  # noqa: E402
 from data.records import Form  # noqa: E402
 from data.sources import JsonlRecords  # noqa: E402
-from data.stream import LoaderConfig, Planner  # noqa: E402
+from data.stream import HOW_IT_RUNS, LoaderConfig, Planner  # noqa: E402
 from data.tasks import TASKS  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from data.transforms import ResizeRule  # noqa: E402
@@ -43,11 +43,7 @@ from scripts.tools.dataset_checks import Checker, Finding, HeldOut, Outcome  # n
 
 RULES_OF = "configs/data/finetuned_example.yaml"
 """Has the resize rules for a folder of JSONL files."""
-LIMITS = {
-    f.name: f.default
-    for f in fields(LoaderConfig)
-    if f.name not in ("num_workers", "prefetch_factor", "max_bad_share")
-}
+LIMITS = {f.name: f.default for f in fields(LoaderConfig) if f.name not in HOW_IT_RUNS}
 
 
 @dataclass

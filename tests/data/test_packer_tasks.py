@@ -75,6 +75,25 @@ def test_one_kind_kept(kept, splits, first_answer_position):
     assert batch.vae.is_target == ((False, True) if kept == "vae" else (True,))
 
 
+def test_an_answer_may_go_with_the_text_before_it():
+    """One draw for both; other answers stay."""
+    tied = TextSegment(ids=[5], answer=True, with_text=True)
+    sample = Sample("s", [*CONDITIONS, tied, TARGET])
+    whole = pack(tiny_config(), sample)
+    assert whole.split_lens == (8, 4, 4, 3, 6) and len(whole.labels.ids) == 2
+    bare = pack(tiny_config(), sample, **all_dropped(vae=0.0, vit=0.0))
+    images = pack(tiny_config(), Sample("s", [*CONDITIONS[:2], TARGET]))
+    assert bare.labels is None and bare.split_lens == images.split_lens == (8, 4, 6)
+    assert torch.equal(bare.position_ids, images.position_ids)
+    config, found = packer_config(tiny_config(), text_cond_dropout_prob=0.5), set()
+    for seed in range(20):
+        packer = Packer(config, TOKENS)
+        packer.add(sample, torch.Generator().manual_seed(seed))
+        found.add(tuple(packer.split_lens))
+    assert found == {(8, 4, 4, 3, 6), (8, 4, 6)}
+    assert config.num_tokens(sample) == 25
+
+
 def test_what_is_not_droppable_stays():
     fixed = [dataclasses.replace(segment, droppable=False) for segment in CONDITIONS]
     batch = pack(tiny_config(), Sample("s", fixed), **all_dropped())
@@ -227,6 +246,8 @@ def test_restoration_sample(tokenizer, tmp_path):
     assert [s.droppable for s in sample.segments] == [True, True, True, False, False]
     assert (prompt.ids, prompt.answer) == (tokenizer.encode("Remove it."), False)
     assert (answer.ids, answer.answer) == (tokenizer.encode("Mild."), True)
+    bare = pack(tiny_config(), sample, **all_dropped(vae=0.0, vit=0.0))
+    assert bare.attn_modes == ("full", "full", "noise") and bare.labels is None
     assert target.target and not torch.equal(target.image_pm1, vae.image_pm1)
     with Image.open(tmp_path / "images" / "0_input.png") as degraded:
         context = task.context(degraded.convert("RGB"), "Remove it.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data.records import Record, RecordError
+from data.records import Record, RecordError, parse_record
 from data.sources import JsonlRecords
 
 GOOD: dict[str, Any] = {
@@ -69,7 +69,7 @@ def test_the_last_messages_count_and_optional_fields_may_be_absent(tmp_path):
         (json.dumps(GOOD | {"message": GOOD["message"][1:]}), "no entry from `human`"),
         (json.dumps(GOOD | {"input_img": []}), "input_img must be a list"),
         (json.dumps({k: v for k, v in GOOD.items() if k != "input_img"}), "input_img must be"),
-        (json.dumps(GOOD | {"output_img": None}), "output_img must be a list"),
+        (json.dumps(GOOD | {"output_img": 3}), "output_img must be a list"),
         (json.dumps(GOOD | {"output_img": [{"height": 3}]}), "output_img entry {'height': 3} has"),
         (b'{"input_img": "caf\xe9"}', "utf-8"),
     ],
@@ -86,3 +86,10 @@ def test_files_without_records(tmp_path):
         read_records(written(tmp_path / "empty.jsonl", "", "  "))
     with pytest.raises(FileNotFoundError, match=r"nowhere.jsonl"):
         read_records(tmp_path / "nowhere.jsonl")
+
+
+def test_null_is_no_entry():
+    found = [parse_record(json.dumps(GOOD | {"output_img": x}), "f:1").outputs for x in (None, [])]
+    assert found == [(), ()]
+    with pytest.raises(RecordError, match="f:1: input_img must be a list"):
+        parse_record(json.dumps(GOOD | {"input_img": None}), "f:1")

@@ -1,17 +1,23 @@
 """Samples that cannot be used: left out, counted with their reason, too many end the run; a stream
 that has some resumes exactly on any number of ranks and workers."""
 
+import errno
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
+import data.tasks
 from data import images
 from data.config import GroupConfig, load_mixture
 from data.loader import PackedLoader, joined_states
+from data.records import ImageRef
 from data.stream import LoaderConfig
 from data.tokenizer import Tokenizer
+from data.volumes import UnreachableError
 from tests.data.test_stream import DROPOUT, LIMITS, digest
 from tests.helpers import RULES, packer_config, tiny_config, write_mixture, write_pairs
 
@@ -147,6 +153,21 @@ def test_too_many_end_the_run(checkpoint, tmp_path, workers):
         packs.next_batch()
 
 
+def test_stand_ins_count_among_the_samples_that_were_tried(checkpoint, tmp_path):
+    """One sample a pack, 9 of 10 damaged: there are more bad ones than packs."""
+    write_pairs(tmp_path / "pairs", 10)
+    for i in range(9):
+        (tmp_path / "pairs" / "images" / f"{i}_clean.png").write_bytes(b"no image")
+    mixture = write_mixture(tmp_path / "mixture.yaml", tmp_path / "pairs")
+    packs = loader(checkpoint, mixture, expected_num_tokens=1, max_bad_share=0.5)
+    good = 0
+    with pytest.raises(ValueError, match="samples cannot be used, more than max_bad") as caught:
+        for good in range(100):  # noqa: B007
+            packs.next_batch()
+    bad, seen = map(int, re.findall(r"pairs: (\d+) of (\d+) samples", str(caught.value))[0])
+    assert seen == bad + good + 1 and bad >= 10
+
+
 @pytest.mark.parametrize("stated", [True, False])
 def test_nothing_but_bad_samples_ends_the_run(checkpoint, tmp_path, stated):
     lines = write_pairs(tmp_path / "pairs", 30)
@@ -158,6 +179,69 @@ def test_nothing_but_bad_samples_ends_the_run(checkpoint, tmp_path, stated):
     message = r"\d+ samples in a row cannot be .*; the last: \S+_input.png: \[Errno 2\]"
     with pytest.raises(ValueError, match=message):
         loader(checkpoint, mixture).next_batch()
+
+
+@pytest.mark.parametrize(
+    ("fault", "ends"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), True),
+        (OSError(errno.EIO, "Input/output error"), True),
+        (PermissionError(errno.EACCES, "Permission denied"), True),
+        (TimeoutError("timed out"), True),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), False),
+        (OSError("image file is truncated"), False),
+    ],
+)
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_file_system_that_fails_is_no_bad_sample(
+    checkpoint, tmp_path, monkeypatch, fault, ends, stated
+):
+    """Neither of the header nor of the pixels; afterwards the stream is that without a fault."""
+    lines = write_pairs(tmp_path / "pairs", 6)
+    if not stated:
+        lines.write_text(lines.read_text().replace('"width"', '"columns"'))
+    mixture = write_mixture(tmp_path / "mixture.yaml", tmp_path / "pairs")
+    expected = [digest(packs.next_batch()) for packs in [loader(checkpoint, mixture)] * 3]
+    packs, opened = loader(checkpoint, mixture), Image.open
+    first = digest(packs.next_batch())
+
+    def failing(*args, **options):
+        raise fault
+
+    packs.load_state_dict(packs.state_dict())
+    packs.planner.datasets[0]._lengths.zero_()
+    monkeypatch.setattr(Image, "open", failing)
+    if not ends:
+        with pytest.raises(ValueError, match=r"in a row cannot be"):
+            packs.next_batch()
+        return
+    with pytest.raises(UnreachableError, match=rf"\d_\w+.png: .*{fault.args[-1]}"):
+        packs.next_batch()
+    assert packs.skipped == {}
+    monkeypatch.setattr(Image, "open", opened)
+    assert [first, *(digest(packs.next_batch()) for _ in range(2))] == expected
+
+
+def test_a_url_that_fails_is_no_bad_sample(tmp_path, monkeypatch):
+    def failing(_):
+        raise OSError("503 Slow Down")
+
+    monkeypatch.setattr(data.tasks, "open_binary", failing)
+    with pytest.raises(UnreachableError, match="s3://bucket/a.png: 503 Slow Down"):
+        data.tasks.open_image("s3://bucket", ImageRef(path="a.png"))
+
+
+def test_plans_that_differ_are_not_saved(checkpoint, broken):
+    ranks = [loader(checkpoint, broken, r, 2) for r in range(2)]
+    for packs in ranks:
+        packs.next_batch()
+    states = [packs.state_dict() for packs in ranks]
+    assert joined_states(states)["draws"] == states[0]["draws"]
+    states[1]["draws"][0] += 1
+    a, b = (state["draws"] for state in states)
+    message = f"draws is rank 0 {a}; rank 1 {b}. Do all of them read the same files"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        joined_states(states)
 
 
 def test_an_oversized_image_is_not_decoded(checkpoint, tmp_path, monkeypatch):

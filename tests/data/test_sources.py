@@ -13,14 +13,18 @@ import pyarrow.parquet
 import pytest
 import yaml
 from PIL import Image
+from pydicom.data import get_testdata_file
 
 from data import sources
 from data.config import load_mixture
-from data.records import Form, RecordError, parse_record
+from data.files import NamedBytes
+from data.images import ImageError, image_size, read_image
+from data.records import Form, ImageRef, RecordError, parse_record
 from data.sources import JsonlRecords, ParquetRecords, good_records
+from data.tasks import open_image
 from tests.data.test_skipping import loader
 from tests.data.test_stream import digest
-from tests.helpers import write_mixture, write_pairs
+from tests.helpers import RULES, write_mixture, write_pairs
 
 TEXT = Form(inputs=(), needs=("texts",))
 
@@ -120,6 +124,7 @@ def test_parquet_rows_at_a_url(captions):
 
 
 def test_an_epoch_of_parquet_reads_every_group_once(captions, monkeypatch):
+    monkeypatch.setattr(sources, "HELD_BYTES", 0)
     records, read = ParquetRecords(captions, FORM), []
     opened = sources._parquet_file
     monkeypatch.setattr(sources, "_parquet_file", lambda f: (read.append(f.name), opened(f))[1])
@@ -131,6 +136,26 @@ def test_an_epoch_of_parquet_reads_every_group_once(captions, monkeypatch):
     assert len({tuple(order) for order in orders}) == 3
     groups = 3 + 2
     assert 3 * groups - 2 <= len(read) <= 3 * groups  # the last group may be the next epoch's first
+
+
+def test_planning_and_decoding_share_row_groups(checkpoint, tmp_path, monkeypatch):
+    """Eight ranks: planning is whole groups ahead of what one of them decodes."""
+    count, rows = 400, 20
+    columns = {"image": [png(i % 256) for i in range(count)], "captions": ["a"] * count}
+    write_parquet(tmp_path / "rows.parquet", columns, rows)
+    group = {"image_transform_args": RULES["image_transform_args"]}
+    group["datasets"] = [{"name": "rows", "parquet_path": "${data_root}/rows.parquet"}]
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump({"text_to_image": group}))
+    packs, read = loader(checkpoint, tmp_path / "mixture.yaml", 0, 8), []
+    (records,) = (dataset.records for dataset in packs.planner.datasets)
+    size = records._rows(0).nbytes
+    opened = sources._parquet_file
+    monkeypatch.setattr(sources, "_parquet_file", lambda f: (read.append(1), opened(f))[1])
+    monkeypatch.setattr(sources, "HELD_BYTES", 8 * size)
+    while packs.position < count:
+        packs.next_batch()
+        assert len(records._held) <= 9
+    assert len(read) <= count / rows + 3
 
 
 def test_a_stream_from_urls_is_the_one_from_the_disk(checkpoint, tmp_path):
@@ -163,3 +188,27 @@ def test_a_stream_from_urls_is_the_one_from_the_disk(checkpoint, tmp_path):
         ValueError, match=r"jsonl_path memory://elsewhere/pairs/train.jsonl does no"
     ):
         load_mixture(path, "memory://elsewhere")
+
+
+def test_scans_at_a_url_and_in_parquet_are_those_on_the_disk(tmp_path):
+    file = Path(get_testdata_file("CT_small.dcm", download=False))
+    fsspec.filesystem("memory").pipe("/scans/a.dcm", file.read_bytes())
+    fsspec.filesystem("memory").pipe("/scans/a.nii.gz", b"no matter")
+    expected, size = read_image(file), image_size(file)
+    there = ImageRef(path="a.dcm"), ImageRef(path="f:1: image", content=file.read_bytes())
+    for ref in there:
+        assert np.array_equal(open_image("memory://scans", ref), expected)
+        content = NamedBytes(file.read_bytes(), ref.path)
+        assert image_size(content) == size == expected.size == (128, 128)
+    with pytest.raises(ImageError, match=r"^memory://scans/a.nii.gz: NIfTI is read from local"):
+        open_image("memory://scans", ImageRef(path="a.nii.gz"))
+
+
+def test_messages_about_bytes_name_them(tmp_path):
+    """An address in memory would differ from process to process."""
+    ref = ImageRef(path="f:3: image", content=b"no image")
+    with pytest.raises(ImageError) as caught:
+        open_image(tmp_path, ref)
+    assert str(caught.value) == "f:3: image: cannot identify image file 'f:3: image'"
+    with pytest.raises(ImageError, match="^encoded image: cannot .* file 'encoded image'$"):
+        read_image(io.BytesIO(b"no image"))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import data.tasks
@@ -215,8 +216,9 @@ def test_lengths_follow_the_choice_of_a_caption(checkpoint, tmp_path):
     stream, found = planner(checkpoint, mixture), set()
     for _ in range(12):
         pack = stream.next_pack()
-        batch, bad = stream.decode(pack)
-        assert batch.sample_lens == tuple(draw.tokens for draw in pack) and not bad
+        batch, bad, tried = stream.decode(pack)
+        assert batch.sample_lens == tuple(draw.tokens for draw in pack)
+        assert tried == pack and not bad
         found |= {(draw.record, draw.tokens) for draw in pack}
     assert len(found) == 2 * 3
 
@@ -270,6 +272,75 @@ def test_the_buffer_fills_packs_and_loses_no_sample(checkpoint, tmp_path):
     assert set(drawn[: len(streams[10])]) == set(streams[10])
 
 
+def texts(folder: Path, **groups: tuple[list[int], bool]) -> Path:
+    """A mixture of conversations: for each group, words of the answers and `is_mandatory`."""
+    content = {}
+    for name, (words, mandatory) in groups.items():
+        asked = {"from": "human", "value": "a"}
+        said = [[asked, {"from": "gpt", "value": "a " * n}] for n in words]
+        lines = [json.dumps({"message": messages}) for messages in said]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        sets = [{"name": name, "jsonl_path": f"${{data_root}}/{name}.jsonl"}]
+        group = {"task": "text_only", "is_mandatory": mandatory, "datasets": sets}
+        content[name] = group
+    (folder / "mixture.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder / "mixture.yaml"
+
+
+def room_for(checkpoint: Path, mixture: Path, tokens: int) -> dict[str, int]:
+    """Limits of packs that hold the longest sample and so many tokens more."""
+    limits = dict.fromkeys(LIMITS, 10**6) | {"max_buffer_size": 5}
+    measured = planner(checkpoint, mixture, **limits)
+    longest = max(d.length(i, 0) for d in measured.datasets for i in range(len(d.records)))
+    most = dict.fromkeys(("max_num_tokens", "max_num_tokens_per_sample"), longest + tokens)
+    return most | dict.fromkeys(("expected_num_tokens", "prefer_buffer_before"), longest)
+
+
+@pytest.mark.parametrize("buffer", [0, 1, 5])
+def test_mandatory_groups_leave_no_sample_waiting_for_ever(checkpoint, tmp_path, buffer):
+    mixture = texts(tmp_path, short=([20] * 20, True), mixed=([20, 450] * 10, False))
+    limits = room_for(checkpoint, mixture, 2) | {"max_buffer_size": buffer}
+    stream, waited, fill = planner(checkpoint, mixture, **limits), {}, []
+    seen = {"long": 0, "mixed": 0, "with short": 0}
+    for _ in range(300):
+        pack = stream.next_pack()
+        fill.append(sum(draw.tokens for draw in pack))
+        long = [d for d in pack if d.tokens > limits["expected_num_tokens"] / 2]
+        seen["long"] += len(long)
+        seen["mixed"] += sum(d.dataset for d in pack)
+        seen["with short"] += any(d.dataset == 0 for d in pack)
+        waited = {draw: waited.get(draw, 0) + 1 for draw in stream.buffer}
+        assert max(waited.values(), default=0) <= buffer + 2
+        assert len(long) == 1 or not long
+        assert seen["with short"] or long
+    assert len(stream.buffer) <= buffer + 2
+    # Every second record of the set is long, and each fills a pack.
+    assert abs(seen["mixed"] - 2 * seen["long"]) <= 2 * (buffer + 2) + 20
+    assert seen["long"] > 60 and max(fill) <= limits["max_num_tokens"]
+    assert seen["long"] + seen["with short"] == 300
+
+
+def test_mandatory_groups_that_do_not_fit_together_take_turns(checkpoint, tmp_path):
+    groups = {f"m{i}": ([300] * 10, True) for i in range(3)} | {"short": ([20] * 9, False)}
+    mixture = texts(tmp_path, **groups)
+    limits = room_for(checkpoint, mixture, 100) | {"max_buffer_size": 2}
+    limits["expected_num_tokens"] = limits["max_num_tokens"]
+    stream = planner(checkpoint, mixture, **limits)
+    packs = [[draw.dataset for draw in stream.next_pack()] for _ in range(60)]
+    counts = [sum(pack.count(i) for pack in packs) for i in range(4)]
+    assert sum(counts[:3]) == 60 and min(counts[:3]) >= 15 and counts[3] > 0
+    # Set back to any of its states, the stream goes on with the same packs.
+    again = planner(checkpoint, mixture, **limits)
+    for expected in packs:
+        state = json.loads(json.dumps(again.state()))
+        again = planner(checkpoint, mixture, **limits)
+        again.load(state)
+        assert [draw.dataset for draw in again.next_pack()] == expected
+    message = r"max_buffer_size=1 must be 2 or more for 3 groups with is_mandatory"
+    with pytest.raises(ValueError, match=message):
+        planner(checkpoint, mixture, **limits | {"max_buffer_size": 1})
+
+
 def test_a_second_epoch_reads_no_header(checkpoint, two_sets, monkeypatch):
     read: list[Path] = []
     header = data.tasks.image_size
@@ -302,6 +373,41 @@ def test_another_mixture_is_refused(checkpoint, two_sets, tmp_path):
         loader(checkpoint, mixture).load_state_dict(state)
     text = str(caught.value)
     assert text.endswith("['one', 6] -> ['one', 5]; ['other', 7] -> ['others', 7]")
+
+
+def test_other_settings_of_the_plan_are_refused(checkpoint, two_sets, tmp_path):
+    packs = loader(checkpoint, two_sets)
+    packs.next_batch()
+    state = json.loads(json.dumps(packs.state_dict()))
+    limits = {"data_seed": 7, "max_num_tokens": 191, "max_buffer_size": 2}
+    for name, value in limits.items():
+        old = getattr(packs.config, name)
+        with pytest.raises(ValueError, match=f"other settings: {name}: {old} -> {value}. Set"):
+            loader(checkpoint, two_sets, **{name: value}).load_state_dict(state)
+    content = yaml.safe_load(two_sets.read_text())
+    group = content["restoration"]
+    changes = {"weight": 3, "is_mandatory": True, "shuffle_lines": True, "shuffle_seed": 1}
+    changes["image_transform_args"] = group["image_transform_args"] | {"max_image_size": 20}
+    for key, value in changes.items():
+        text = yaml.safe_dump({"restoration": group | {key: value}}).replace(
+            "${data_root}", str(two_sets.parent)
+        )
+        (tmp_path / "mixture.yaml").write_text(text)
+        with pytest.raises(ValueError, match=f"settings: group 1: {key}: .* -> .*. Set them back"):
+            loader(checkpoint, tmp_path / "mixture.yaml").load_state_dict(state)
+    group["datasets"][1]["weight"] = 9
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump({"restoration": group}))
+    groups = load_mixture(tmp_path / "mixture.yaml", two_sets.parent)
+    arguments = LoaderConfig(**LIMITS), packs.packer_config, Tokenizer(checkpoint)
+    with pytest.raises(ValueError, match=r"group 1: datasets: \[1.0, 1.0\] -> \[1.0, 9\]"):
+        PackedLoader(groups, *arguments).load_state_dict(state)
+    # How it runs is no part of the plan, nor is another name of the task.
+    text = two_sets.read_text().replace("restoration:", "editing:")
+    (tmp_path / "mixture.yaml").write_text(text)
+    groups = load_mixture(tmp_path / "mixture.yaml", two_sets.parent)
+    again = PackedLoader(groups, *arguments)
+    again.load_state_dict(state)
+    assert digest(again.next_batch()) == digest(packs.next_batch())
 
 
 def test_reweighted_answers():

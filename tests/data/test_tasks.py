@@ -139,6 +139,16 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
         ["text:What?", "text:No.!"],
     ),
     (
+        "vlm_sft",
+        {"image": None, "message": said(("human", "What?"), ("gpt", "No."))},
+        ["text:What?", "text:No.!"],
+    ),
+    (
+        "text_to_image",
+        {"output_img": paths("b"), "captions": "A scan.", "message": None},
+        ["text:A scan.?", "vae:b!"],
+    ),
+    (
         "vqa_reconstruction SftJSONLIterableDataset_with_VisualReconstruction_Ver1"
         " SftJSONLIterableDataset_with_VisualReconstruction_Ver2",
         {
@@ -180,6 +190,9 @@ def test_one_caption_is_chosen(tokenizer, folder):
         (["One.", "Two."], {"One.", "Two."}),
         (both, {"One.", "Two."}),
         (json.dumps(both), {"One.", "Two."}),
+        ("[CT] axial slice", {"[CT] axial slice"}),
+        ("{x} plain", {"{x} plain"}),
+        ("[" * 3000, {"[" * 3000}),
     ):
         for image in (file.getvalue(), {"bytes": file.getvalue(), "path": None}):
             raw = {"image": image, "captions": captions}
@@ -218,7 +231,7 @@ def test_an_edit_goes_one_or_two_steps(tokenizer, folder):
         ("counterfactual", {"message": QUESTION, "output_img": paths("a")}, "input_img must be"),
         ("text_to_image", {"message": QUESTION}, "output_img must be a list"),
         ("text_to_image", {"output_img": paths("a")}, "needs captions or a human message"),
-        ("text_to_image", {"output_img": paths("a"), "captions": "{oops"}, "captions is no JSON"),
+        ("text_to_image", {"output_img": paths("a"), "captions": "[1, 2]"}, "needs captions"),
         ("text_to_image", {"output_img": paths("a"), "captions": [3]}, "needs captions"),
         ("vlm_sft", {"input_img": paths("ab"), "message": QUESTION}, "1 <image> for 2 images"),
         ("vlm_sft", {"input_img": paths("a")}, "message must be a list of {from, value}"),

@@ -502,7 +502,10 @@ def test_arguments_that_changed_since_a_checkpoint_are_told(
     finished, checkpoint, mixture, tmp_path, capsys
 ):
     common = {"resume_from": finished / "0000002", **PIXEL_SPACE}
-    build_trainer(run_arguments(checkpoint, mixture, tmp_path, lr=0.5, data_seed=7, **common))
+    build_trainer(run_arguments(checkpoint, mixture, tmp_path, lr=0.5, num_workers=3, **common))
     told = [x for x in capsys.readouterr().out.splitlines() if x.startswith("WARNING: resumed")]
     assert "WARNING: resumed with lr=0.5, saved with 0.001" in told
-    assert "WARNING: resumed with data_seed=7, saved with 42" in told
+    assert "WARNING: resumed with num_workers=3, saved with 0" in told
+    args = run_arguments(checkpoint, mixture, tmp_path, data_seed=7, **common)
+    with pytest.raises(ValueError, match="data_seed: 42 -> 7. Set them back, or"):
+        build_trainer(args)
