@@ -152,7 +152,8 @@ class PackedLoader:
                 "dataset_config_file: the saved stream has other data sets (name, records): "
                 + "; ".join(changed)
             )
-        saved, ours = state.get("settings", {}), self.planner.settings
+        ours = self.planner.settings
+        saved = state.get("settings", ours)  # not in states of earlier versions
         if changed := [
             f"{name}: {saved.get(name)} -> {ours.get(name)}"
             for name in {**saved, **ours}

@@ -16,7 +16,7 @@ from .records import RESTORATION, Form, Record, RecordError, parse_record, recor
 
 BLOCK_BYTES = 2**24
 HELD_BYTES = 2**28
-"""Of row groups that a process keeps of a parquet data set; the last one read may be larger."""
+"""Of row groups that a process keeps of a parquet data set; two are kept whatever their size."""
 
 
 class JsonlRecords:
@@ -133,7 +133,8 @@ class ParquetRecords:
             with open_binary(self.files[number]) as opened:
                 rows = _parquet_file(opened).read_row_group(inside)
             held = rows.nbytes + sum(others.nbytes for others in self._held.values())
-            while self._held and held > HELD_BYTES:
+            # Planning and decoding stand in two groups, which must not evict each other.
+            while len(self._held) > 1 and held > HELD_BYTES:
                 held -= self._held.pop(next(iter(self._held))).nbytes
         self._held[group] = rows
         return rows

@@ -38,6 +38,7 @@ from data.stream import HOW_IT_RUNS, LoaderConfig, Planner  # noqa: E402
 from data.tasks import TASKS  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from data.transforms import ResizeRule  # noqa: E402
+from data.volumes import UnreachableError  # noqa: E402
 from scripts.tools import dataset_report  # noqa: E402
 from scripts.tools.dataset_checks import Checker, Finding, HeldOut, Outcome  # noqa: E402
 
@@ -242,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
         stale.unlink()
     try:
         ended = check(checker, checked, args)
-    except (RuntimeError, KeyboardInterrupt) as error:
+    except (RuntimeError, UnreachableError, KeyboardInterrupt) as error:
         print(f"ended by {error!r}; --resume goes on where it was", file=sys.stderr)
         return 2
     notes = [] if args.model_path else ["without --model_path: tokens of images alone"]

@@ -15,6 +15,7 @@ from data.sources import JsonlRecords
 from data.stream import Bad, Dataset, Planner
 from data.tally import reason_of
 from data.tasks import decoded, require_tags
+from data.volumes import UnreachableError
 
 RECORDS_PER_JOB = 32
 CHOICES = 8
@@ -95,6 +96,8 @@ class Checker(torch.utils.data.Dataset):
         for ref in (*record.inputs, *record.outputs):
             try:
                 image = decoded(record, folder, ref)
+            except UnreachableError:
+                raise  # says nothing of the image
             except (RecordError, ImageError) as error:
                 found[str(error)] = reason_of(error)
                 continue

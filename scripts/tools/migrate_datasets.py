@@ -172,10 +172,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         mixture, notes = translate(args.dataset_info, args.dataset_config_file, args.old_root)
+        args.output.write_text(yaml.safe_dump(mixture, sort_keys=False, allow_unicode=True))
     except (ValueError, SyntaxError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    args.output.write_text(yaml.safe_dump(mixture, sort_keys=False, allow_unicode=True))
     print(*notes, f"{len(mixture)} groups: {args.output}", sep="\n")
     return 0
 

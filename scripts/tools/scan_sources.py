@@ -17,9 +17,9 @@ BIDS = r"(?:^|/)(sub-[A-Za-z0-9]+)(?=[_./]|$)"
 """Finds the subject in a path."""
 CONTRAST = (
     r"(?:^|[-_. ])(?:t[12](?:star|[a-z]{0,2})|pdw?|flair|dwi|adc|swi|bold|dti(?:-\d\d)?|"
-    r"mra?|mri|cta?|pet|seg|mask)"
+    r"mra?|mri|cta?|pet|seg|mask|(?<=\d_)000\d)"
 )
-"""Ends of names that tell scans of one patient apart."""
+"""Ends of names that tell scans of one patient apart; `12_0001` holds a channel of nnU-Net."""
 
 Ground = Literal["path", "name", "contrast", "PatientID", "StudyInstanceUID", "folder"]
 

@@ -325,6 +325,7 @@ def test_scans_of_one_patient_stay_together(tmp_path, capsys):
         (["IXI-T1/IXI1-Guys-T1", "IXI-T2/IXI1-Guys-T2"], {"IXI/IXI1-Guys"}),
         (["T1/a", "T2/a", "T2/b"], {"a", "b"}),
         (["p1/flair", "p1/t1ce", "p2/flair"], {"p1", "p2"}),
+        (["BRATS_01_0000", "BRATS_01_0001", "case_0002"], {"BRATS_01", "case_0002"}),
         (["IXI2-DTI-00", "IXI2-DTI-01", "IXI2-PD"], {"IXI2"}),
         (["carpet", "act", "rat1", "v-T11"], {"carpet", "act", "rat1", "v-T11"}),
         (["x/sub-01_T1w", "sub-02/a", "sub-03.b"], {"sub-01", "sub-02", "sub-03"}),
