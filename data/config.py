@@ -139,14 +139,14 @@ def checked(where: str, content: Any, kind: type) -> dict[str, Any]:
         here = at_line(where, content, str(key))
         if key not in types:
             raise ValueError(f"{here}: unknown key {key!r}; {nearest(str(key), types)}")
-        _require_type(f"{here}: {key}={value!r}", value, types[str(key)])
+        require_type(f"{here}: {key}={value!r}", value, types[str(key)])
     needed = [f.name for f in fields(kind) if f.default is MISSING]
     if missing := sorted({*needed} - {*content} - {"data_dir"}):
         raise ValueError(f"{where}: missing {missing}")
     return {str(key): value for key, value in content.items()}
 
 
-def _require_type(where: str, value: Any, wanted: Any) -> None:
+def require_type(where: str, value: Any, wanted: Any) -> None:
     """Raises ValueError; numbers that are measures must be positive, whole ones not negative."""
     if wanted not in (bool, int, float, str):
         return

@@ -26,6 +26,11 @@ from .tally import TOO_LONG, Bad, Tally
 from .tokenizer import Tokenizer
 from .transforms import NO_IMAGES
 
+WAY_OUT = (
+    "take the weights alone into a new run: --resume_from with --resume_model_only True and "
+    "another checkpoint_dir"
+)
+
 
 class PackedLoader:
     """Iterates this rank's batches without end; `state_dict` / `load_state_dict` resume exactly.
@@ -146,14 +151,17 @@ class PackedLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError when the state belongs to another mixture or other settings."""
+        if missing := sorted({*self.state_dict()} - {*state}):
+            raise ValueError(
+                f"the saved stream has no {', '.join(missing)}, as of an earlier version: {WAY_OUT}"
+            )
         pairs = zip_longest(state["datasets"], self.state_dict()["datasets"])
         if changed := [f"{saved} -> {ours}" for saved, ours in pairs if saved != ours]:
             raise ValueError(
                 "dataset_config_file: the saved stream has other data sets (name, records): "
                 + "; ".join(changed)
             )
-        ours = self.planner.settings
-        saved = state.get("settings", ours)  # not in states of earlier versions
+        saved, ours = state["settings"], self.planner.settings
         if changed := [
             f"{name}: {saved.get(name)} -> {ours.get(name)}"
             for name in {**saved, **ours}
@@ -161,8 +169,7 @@ class PackedLoader:
         ]:
             raise ValueError(
                 f"the saved stream was planned with other settings: {'; '.join(changed)}. Set them "
-                "back, or take the weights alone into a new run: --resume_from with "
-                "--resume_model_only True and another checkpoint_dir"
+                f"back, or {WAY_OUT}"
             )
         self.planner.load(state)
         self.damaged = Tally(state["damaged"]) if self.rank == 0 else Tally.of(len(self.names))

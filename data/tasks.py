@@ -5,6 +5,7 @@ droppable where inference uses guidance: before an image that is drawn, not befo
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -57,7 +58,7 @@ def filled(prompt: P, segments: Iterable[Segment]) -> P:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(ABC):
     """How samples are laid out, by one tokenizer and two resize rules. A task says `segments`."""
 
     tokenizer: Tokenizer
@@ -96,9 +97,9 @@ class Task:
         images = lambda ref: ref.size or image_size(_file(folder, ref))  # noqa: E731
         return Sample(record.source, self.segments(record, images, Random(seed)))
 
+    @abstractmethod
     def segments(self, record: Record, look: Look, choice: Random) -> list[Segment]:
         """Raises RecordError when the record does not suit the task."""
-        raise NotImplementedError
 
     def _text(self, words: str, droppable: bool = False, answer: bool = False) -> TextSegment:
         return TextSegment(ids=self.tokenizer.encode(words), droppable=droppable, answer=answer)

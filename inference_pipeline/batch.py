@@ -39,7 +39,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--use_ema_checkpoint", action="store_true", help="the default")
     source.add_argument("--use_model_checkpoint", action="store_true")
     add("--target_gpu_device", default="0", help="GPU index, or cpu; torchrun gives each its own")
-    add("--max_mem_per_gpu", help='like "40GiB": spreads the model over all GPUs and the CPU')
+    add("--max_mem_per_gpu", help='like "40GiB": spreads the decoder over all GPUs and the CPU')
+    add("--max_mem_cpu", default="1000GiB", help="for layers that fit no GPU; they are slow")
     add("--dtype", choices=DTYPES, help="of the weights; the files' own by default")
     add("--batch_size", type=int, default=1, help="samples at a time")
     add("--cfg_text_scale", type=float, default=1.0)
@@ -127,7 +128,10 @@ def _load(
     if args.max_mem_per_gpu:
         if processes.count > 1:
             raise ValueError("--max_mem_per_gpu spreads one process over all GPUs: no torchrun")
+        if not use_gpu:
+            raise ValueError("--max_mem_per_gpu: no GPU is used")
         memory = dict.fromkeys(range(torch.cuda.device_count()), args.max_mem_per_gpu)
+        memory["cpu"] = args.max_mem_cpu
     return Restorer.load(
         checkpoint,
         weights="model" if args.use_model_checkpoint else "ema",

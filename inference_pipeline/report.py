@@ -21,10 +21,10 @@ import numpy as np
 from PIL import Image
 
 from .metrics import PROTOCOLS, describe
+from .results import RESULTS, SETTINGS, STATISTICS, ResultsError, read_json, read_results
 from .text_metrics import TEXT_PROTOCOL
 
 TEMPLATE = Path(__file__).with_name("report.html")
-RESULTS = "results.jsonl"
 RANKED_BY = "psnr"
 """The number that chooses the samples shown."""
 PLACES = ("only", "median", "worst", "best")
@@ -32,10 +32,6 @@ PLACES = ("only", "median", "worst", "best")
 FILES = {"input": "saved_input_img", "truth": "saved_output_img", "restored": "pred_img"}
 """Images of a sample -> their keys in results.jsonl."""
 Json = dict[str, Any]
-
-
-class ReportError(ValueError):
-    """A folder or file that no report can be made of."""
 
 
 @dataclass(frozen=True)
@@ -73,39 +69,26 @@ class Run:
 def find_runs(folders: list[Path]) -> list[Run]:
     """The result folders among `folders` and below them, each once.
 
-    Raises ReportError where there is none, or where one has not come to its end.
+    Raises ResultsError where there is none, or where one has not come to its end.
     """
     found: dict[Path, Run] = {}
     for folder in folders:
         here = (folder / RESULTS).exists()
         places = [folder] if here else sorted(path.parent for path in folder.rglob(RESULTS))
         if not places:
-            raise ReportError(f"{folder}: neither {RESULTS} there nor in a folder below it")
+            raise ResultsError(f"{folder}: neither {RESULTS} there nor in a folder below it")
         for place in places:
-            if not (place / "statistics.json").exists():
-                raise ReportError(f"{place}: no statistics.json: let the batch inference finish")
+            if not (place / STATISTICS).exists():
+                raise ResultsError(f"{place}: no {STATISTICS}: let the batch inference finish")
             found.setdefault(place.resolve(), read_run(place))
     return [*found.values()]
 
 
 def read_run(folder: Path) -> Run:
-    """Raises ReportError that names the file and the line."""
-    settings, statistics = (
-        _json((path := folder / name).read_text(encoding="utf-8"), str(path))
-        for name in ("settings.json", "statistics.json")
-    )
-    path = folder / RESULTS
-    lines = enumerate(path.read_text(encoding="utf-8").split("\n"), start=1)
-    results = [_json(line, f"{path}:{n}") for n, line in lines if line.strip()]
-    return Run(folder, settings, statistics, {result["sample_id"]: result for result in results})
-
-
-def _json(text: str, place: str) -> Json:
-    """NaN and infinities become None: the JSON of a browser has none."""
-    try:
-        return json.loads(text, parse_constant=lambda _: None)
-    except json.JSONDecodeError as error:
-        raise ReportError(f"{place}: {error}") from error
+    """Raises ResultsError that names the file and the line."""
+    results = {result["sample_id"]: result for result in read_results(folder)}
+    settings, statistics = (read_json(folder / name) for name in (SETTINGS, STATISTICS))
+    return Run(folder, settings, statistics, results)
 
 
 @dataclass
@@ -132,7 +115,7 @@ class Album:
 def error_map(restored: Image.Image, truth: Image.Image, white: float) -> Image.Image:
     """Mean absolute error of the channels, 8-bit grey; `white` of the full range is white."""
     if restored.size != truth.size:
-        raise ReportError(f"a restoration of {restored.size} beside a truth of {truth.size}")
+        raise ResultsError(f"a restoration of {restored.size} beside a truth of {truth.size}")
     a, b = (np.asarray(image.convert("RGB"), dtype=np.float64) for image in (restored, truth))
     error = np.abs(a - b).mean(axis=2) / white
     return Image.fromarray(np.clip(error, 0, 255).round().astype(np.uint8))

@@ -114,21 +114,25 @@ class Restorer:
         weights: Weights = "ema",
         max_memory: dict[int | str, str] | None = None,
         rules: Rules | None = None,
+        device: torch.device | str = "cpu",
         **options: Any,
     ) -> "Restorer":
-        """A checkpoint folder, loaded strictly; `options` (device, dtype) as of `load_pretrained`.
+        """A checkpoint folder, loaded strictly; `options` (dtype) as of `load_pretrained`.
 
         `max_memory` ({0: "40GiB", 1: "40GiB", "cpu": "100GiB"}) spreads a model that does not fit
         one device, see `devices.spread`. `rules` are the resize rules for a folder that does not
         say its own. Raises CheckpointError when the folder does not fit.
         """
-        model, report = load_pretrained(folder, weights, **options)
+        first = "cpu" if max_memory else device
+        model, report = load_pretrained(folder, weights, device=first, **options)
+        if max_memory:
+            model = spread(model, max_memory, device)
         path = Path(folder) / PREPROCESSOR_FILE
         own = json.loads(path.read_text()) if path.exists() else {}
         rules = {**(rules or DEFAULT_RULES), **own}
         task = RestorationTask(Tokenizer(folder), *(ResizeRule(**rules[name]) for name in RULES))
         task.require_strides(model.config.latent_stride, model.config.vit_patch)
-        return cls(spread(model.eval(), max_memory) if max_memory else model.eval(), task, report)
+        return cls(model.eval(), task, report)
 
     # What is asked.
 

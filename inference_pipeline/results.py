@@ -15,6 +15,36 @@ LAST_COLUMNS = ("n_failed", "protocol")
 """Stand behind those of the users' own tables."""
 
 
+class ResultsError(ValueError):
+    """A folder of results that cannot be read."""
+
+
+class ResumeError(ValueError):
+    """The output folder holds results of another configuration."""
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file as a whole or not at all."""
+    staged = path.with_name(path.name + ".staged")
+    staged.write_text(text)
+    staged.replace(path)
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Writes what changes a result to settings.json; raises ResumeError if other settings stand
+    there."""
+    path = folder / SETTINGS
+    text = json.dumps(settings, indent=2, default=str) + "\n"
+    known, ours = read_json(path) if path.exists() else {}, json.loads(text)
+    if other := [key for key in {**known, **ours} if known and known.get(key) != ours.get(key)]:
+        raise ResumeError(
+            f"{folder} holds results of another configuration (see {', '.join(other)} in "
+            f"{SETTINGS} there): choose another --output_dir"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(path, text)
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """Settings of a folder of results; without a file, names of folders stand in for theirs."""
     place, file = folder.resolve(), folder / SETTINGS
@@ -23,11 +53,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, text: bytes | None = None, line: int = 1) -> dict[str, Any]:
-    """The object in a file, or in a line of it; ValueError names both."""
+    """The object in a file, or in a line of it; ResultsError names both. NaN becomes None."""
     try:
-        return json.loads(path.read_bytes() if text is None else text)
+        content = path.read_bytes() if text is None else text
+        return json.loads(content, parse_constant=lambda _: None)
     except ValueError as error:
-        raise ValueError(f"{path}:{line}: {error}; was the run killed that writes it?") from error
+        raise ResultsError(f"{path}:{line}: {error}; was the run killed that writes it?") from error
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

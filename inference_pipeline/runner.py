@@ -33,7 +33,7 @@ from modeling.pretrained import MANIFEST
 from .metrics import PROTOCOL, measure_all
 from .perceptual import Lpips
 from .restorer import PromptStyle, Restoration, Restorer
-from .results import RESULTS, SETTINGS, STATISTICS, read_json
+from .results import RESULTS, STATISTICS, ResumeError, claim, read_json, replace_text
 from .shards import ALONE, Processes
 from .summary import summarise
 from .text_metrics import text_numbers
@@ -43,10 +43,6 @@ COPIED = ("main_task_type", "degrade_type", "dataset", "message")
 BATCHES_PER_UNIT = 4
 """Texts refill a batch within a unit; a kill loses at most one unit per process."""
 Result = dict[str, Any]
-
-
-class ResumeError(ValueError):
-    """The output folder holds results of another configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +130,7 @@ def _run(
     def end() -> dict[str, Any]:
         results = _merged(config.output_dir)
         statistics = summarise([results[i] for i in sorted(results)], config.protocols)
-        _replace(config.output_dir / STATISTICS, json.dumps(statistics, indent=2) + "\n")
+        replace_text(config.output_dir / STATISTICS, json.dumps(statistics, indent=2) + "\n")
         return statistics
 
     return processes.first_says(end)
@@ -152,7 +148,7 @@ def _units(count: int, size: int, done: dict[int, Result]) -> list[list[int]]:
 
 
 def _claim_folder(restorer: Restorer, config: RunConfig, annotations: bytes) -> None:
-    """Writes everything that changes a result to settings.json, or requires that it stands there.
+    """`claim` with everything that changes a result.
 
     Checkpoint and test set count by content, so that a changed file at an old path is noticed.
     """
@@ -171,15 +167,7 @@ def _claim_folder(restorer: Restorer, config: RunConfig, annotations: bytes) -> 
     # These change no result, but for the rounding of matrix products.
     for name in ("output_dir", "num_samples", "batch_size"):
         del settings[name]
-    text = json.dumps(settings, indent=2, default=str) + "\n"
-    path = config.output_dir / SETTINGS
-    if path.exists() and path.read_text() != text:
-        raise ResumeError(
-            f"{config.output_dir} holds results of another configuration "
-            f"(see {SETTINGS} there): choose another --output_dir"
-        )
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    _replace(path, text)
+    claim(config.output_dir, settings)
 
 
 def identity(checkpoint: Path) -> tuple[str, int | None]:
@@ -209,17 +197,10 @@ def _merged(folder: Path) -> dict[int, Result]:
                 raise ValueError(f"{path}:{number}: no sample_id: remove the line to restore anew")
             results[result["sample_id"]] = result
     kept = "".join(json.dumps(results[i]) + "\n" for i in sorted(results))
-    _replace(folder / RESULTS, kept)
+    replace_text(folder / RESULTS, kept)
     for path in parts:
         path.unlink()
     return results
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file as a whole or not at all."""
-    staged = path.with_name(path.name + ".staged")
-    staged.write_text(text)
-    staged.replace(path)
 
 
 @dataclass(frozen=True)
@@ -304,6 +285,8 @@ class _Batch:
         self, pairs: dict[int, _Pair], errors: dict[int, str]
     ) -> Iterator[tuple[int, Restoration, float]]:
         """(id, restoration, seconds per sample); where a batch fails its samples go on alone."""
+        if not pairs:
+            return
         ids, config, start = list(pairs), self.config, time.perf_counter()
         asked = [(pairs[i].degraded, pairs[i].record.instruction) for i in ids]
         sizes = [pairs[i].truth.size for i in ids]  # as targets are trained
@@ -327,7 +310,7 @@ class _Batch:
             for i in ids:
                 yield from self._restorations({i: pairs[i]}, errors)
             return
-        seconds = (time.perf_counter() - start) / max(len(ids), 1)
+        seconds = (time.perf_counter() - start) / len(ids)
         for place, i in enumerate(ids):
             yield i, results[place], seconds
 

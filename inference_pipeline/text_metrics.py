@@ -3,10 +3,6 @@
 import re
 from collections.abc import Sequence
 
-from nltk.translate.meteor_score import single_meteor_score
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu import sentence_bleu
-
 TEXT_PROTOCOL = (
     "bleu: sentence BLEU of sacrebleu with effective order, in percent; rouge_l: F measure of "
     "rouge-score with stems; meteor: nltk, exact and stem matches (no WordNet)"
@@ -23,6 +19,11 @@ class _NoWordNet:
 
 def text_numbers(text: str, reference: str) -> dict[str, float]:
     """`bleu` in [0, 100], `rouge_l` and `meteor` in [0, 1]."""
+    # Half a second, which runs without reference texts are spared.
+    from nltk.translate.meteor_score import single_meteor_score
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu import sentence_bleu
+
     words = [re.findall(r"\w+|[^\w\s]", part) for part in (reference, text)]
     rouge = RougeScorer(["rougeL"], use_stemmer=True).score(reference, text)["rougeL"]
     return {

@@ -31,9 +31,10 @@ from rich.progress import track
 
 from data.images import read_image
 from modeling.bagel.generation import TextConfig
-from modeling.pretrained import MANIFEST, read_json
+from modeling.pretrained import MANIFEST
 
 from .restorer import Restorer
+from .results import claim
 
 Row = dict[str, str]
 REQUEST = "Answer with the letter of the correct option only."
@@ -166,7 +167,7 @@ def run(
 
 
 def _claim_folder(restorer: Restorer, tsv: Path, output_dir: Path, text: TextConfig) -> str:
-    """Name of the model. Writes what changes an answer to settings.json, or requires it there."""
+    """Name of the model; `claim` with what changes an answer."""
     folder = Path(restorer.report.folder).resolve()
     files = [file for file in (folder / MANIFEST, tsv) if file.exists()]
     settings = {
@@ -175,11 +176,7 @@ def _claim_folder(restorer: Restorer, tsv: Path, output_dir: Path, text: TextCon
         "text": vars(text),
         "request": REQUEST,
     }
-    path = output_dir / "settings.json"
-    if other := [key for key, value in read_json(path).items() if settings.get(key) != value]:
-        raise ValueError(f"{path} has other {', '.join(other)}: choose another --output_dir")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+    claim(output_dir, settings)
     return "_".join(folder.parts[-2:])
 
 

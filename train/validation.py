@@ -42,6 +42,8 @@ ERROR_GAIN = 4
 """Brightness of the error in previews over its size in the image."""
 HIGHER_IS_BETTER = ("val/psnr/", "val/ssim/")
 """Beginnings of the names of image scores; of all others (losses) lower is better."""
+SEARCHED = 10_000
+"""Records of a data set among which the pairs are looked for."""
 
 
 class Averages(Protocol):
@@ -98,10 +100,6 @@ def first_pairs(mixture: Sequence[GroupConfig], tokenizer: Tokenizer, count: int
         )
         for task, record, folder, prompts in islice(filter(None, in_turn), count)
     ]
-
-
-SEARCHED = 10_000
-"""Records of a data set among which the pairs are looked for."""
 
 
 @dataclass(frozen=True)

@@ -48,14 +48,16 @@ class KVCache:
     def reserve(self, new_tokens: int) -> None:
         self.store = grown(self.store, 2, self.length + new_tokens)
 
-    def attend(self, mode: AttentionMode, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, mode: AttentionMode, layer: int, q: Tensor, new: Tensor) -> Tensor:
         """Attention of n new tokens to the past and to themselves, causally or both ways.
 
-        Their keys and values are written behind the past; `length` is not moved.
+        Their keys and values, `new` (2, n, Hk, E), are written behind the past; `length` is not
+        moved.
         """
         past, n = self.length, len(q)
-        keys, values = self.store[layer, :, : past + n]
-        keys[past:], values[past:] = k, v
+        seen = self.store[layer, :, : past + n]
+        seen[:, past:] = new
+        keys, values = seen.unbind()
         mask, causal = None, mode == "causal" and n > 1
         if causal and past > 0:
             mask = torch.ones(n, past + n, dtype=torch.bool, device=keys.device).tril(past)
@@ -86,7 +88,7 @@ class Context:
         self.cache.reserve(len(embeddings))
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return self.cache.attend(mode, layer, q, k, v)
+            return self.cache.attend(mode, layer, q, torch.stack((k, v)))
 
         hidden = self.model.decode_tokens(
             embeddings.to(self.model.dtype), positions, gen, attention
@@ -176,9 +178,9 @@ class NextImages:
         context after context."""
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            parts = zip(*(x.split(self.lens) for x in (q, k, v)), strict=True)
-            pairs = zip(self.caches, parts, strict=True)
-            return torch.cat([cache.attend("full", layer, *part) for cache, part in pairs])
+            new = torch.stack((k, v)).split(self.lens, 1)
+            parts = zip(self.caches, q.split(self.lens), new, strict=True)
+            return torch.cat([cache.attend("full", layer, *part) for cache, *part in parts])
 
         self.segments[self.gen] = latents.to(self.segments.dtype)
         embeddings = self.segments.to(self.model.dtype)

@@ -16,8 +16,7 @@ from torch import Tensor
 from ..flow import euler_times
 from ..geometry import token_grid, unpatchify
 from .bagel import Bagel
-from .context import Context as Context
-from .context import NextImages, NextTokens
+from .context import Context, NextImages, NextTokens
 
 RENORM_EPS = 1e-8
 """Of the norm that guided velocities are divided by."""
@@ -145,7 +144,9 @@ def generate_texts(
             return
         hidden = slots.step([text.pending.pop(0) for text in running])
         drawing = [i for i, text in enumerate(running) if text.drawing]
-        logits = slots.model.language_model.lm_head(hidden[drawing]).float()[:, :num_valid_ids]
+        if len(drawing) < len(running):
+            hidden = hidden[drawing]
+        logits = slots.model.language_model.lm_head(hidden).float()[:, :num_valid_ids]
         for i, next_id in zip(
             drawing, _draw(logits, [running[i].job for i in drawing]), strict=True
         ):

@@ -10,7 +10,8 @@ from transformers.activations import ACT2FN
 TIME_FREQUENCIES = 128
 MAX_PERIOD = 10_000.0
 Rope = tuple[Tensor, Tensor]
-"""Cosines and sines (S, 1, E) float32 of S tokens and head size E, the same in both halves."""
+"""Cosines and sines (S, 1, E) float32 of S tokens and head size E, the same in both halves but for
+the sign of the sines, which is that of the rotation: negative in the first half."""
 
 
 def _sin_cos(position: Tensor, channels: int) -> Tensor:
@@ -28,18 +29,24 @@ def sin_cos_table(side: int, channels: int) -> Tensor:
 
 
 FEW_TOKENS = 64
+"""Of a decoding step, whose calls cost more than their arithmetic."""
 
 
 def _rotated(x_SHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x, half = x_SHE.float(), x_SHE.shape[-1] // 2
     out = x * cos
     if len(x) <= FEW_TOKENS:  # one more pass, but fewer calls
-        rolled = x.roll(half, -1).mul_(sin)
-        rolled[..., :half].neg_()
-        return out.add_(rolled).to(x_SHE.dtype)
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        out.addcmul_(x.roll(half, -1), sin)
+    else:
+        out[..., :half].addcmul_(x[..., half:], sin[..., :half])
+        out[..., half:].addcmul_(x[..., :half], sin[..., half:])
     return out.to(x_SHE.dtype)
+
+
+def signed(sin: Tensor) -> Tensor:
+    """Sines (..., E) with the sign of the rotation."""
+    first, second = sin.chunk(2, -1)
+    return torch.cat([-first, second], -1)
 
 
 class _Rotate(torch.autograd.Function):

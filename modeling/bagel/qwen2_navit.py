@@ -21,7 +21,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from ..attention import Attention
 from .config import BagelConfig
-from .modeling_utils import Rope, apply_rope
+from .modeling_utils import Rope, apply_rope, signed
 
 GEN = "_moe_gen"
 Blocks = tuple[Tensor, Tensor]
@@ -151,7 +151,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:
-            few = x.numel() < FEW_NUMBERS and x.dtype == torch.float32 and x.device.type == "cpu"
+            few = x.numel() < FEW_NUMBERS and x.dtype == torch.float32 and x.is_cpu
             if few and not torch.is_grad_enabled():
                 return self._of_few(x)
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
@@ -165,7 +165,7 @@ def rope_tables(position_ids: Tensor, theta: float, head_dim: int) -> Rope:
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device)
     angle = position_ids.float()[:, None] * (1.0 / theta ** (exponent / head_dim))
     angle = torch.cat([angle, angle], dim=-1)[:, None]
-    return angle.cos(), angle.sin()
+    return angle.cos(), signed(angle.sin())
 
 
 SUFFIXES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -11,7 +11,7 @@ from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipMLP
 
 from ..attention import grouped_sdpa
-from .modeling_utils import Rope, apply_rope
+from .modeling_utils import Rope, apply_rope, signed
 
 ROPE_BASE = 10_000.0
 
@@ -37,7 +37,7 @@ class VisionRope(nn.Module):
         return [
             (
                 self.get_buffer(f"cos_{axis}")[position_ids, None],
-                self.get_buffer(f"sin_{axis}")[position_ids, None],
+                signed(self.get_buffer(f"sin_{axis}")[position_ids, None]),
             )
             for axis in "hw"
         ]

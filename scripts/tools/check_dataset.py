@@ -209,7 +209,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--against", nargs="+", default=[], metavar="TEST.jsonl", help="what must not be in it")
     add("--against_root", help="folder of their images (default: as above, else the file's)")
     add("--output_dir", type=Path, required=True)
-    add("--max_errors", type=int, help="end after as many findings")
+    add("--max_errors", type=int, help="end with the job that finds so many")
     add("--max_workers", type=int, default=16, help="processes, at most one a CPU core")
     add("--num_packs", type=int, default=100, help="planned to measure how full packs are")
     add("--num_pairs", type=int, default=12, help="records on the contact sheet")

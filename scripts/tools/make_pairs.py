@@ -109,10 +109,10 @@ def prepared(scan: Scan, args: argparse.Namespace) -> Scan:
     if min(size) < 1:
         found = "x".join(map(str, image.shape[1::-1]))
         raise ImageError(f"{found} pixels are fewer than the stride {stride} of --image_rule")
-    missing = [max(0, side - n) for side, n in zip(size, image.shape, strict=False)]
+    missing = [max(0, side - n) for side, n in zip(size, image.shape[:2], strict=True)]
     padding = [(n // 2, n - n // 2) for n in missing] + [(0, 0)] * (image.ndim - 2)
     image = np.pad(image, padding)
-    top, left = ((n - side) // 2 for n, side in zip(image.shape, size, strict=False))
+    top, left = ((n - side) // 2 for n, side in zip(image.shape[:2], size, strict=True))
     return replace(scan, values=image[top:, left:][: size[0], : size[1]], spacing=spacing)
 
 

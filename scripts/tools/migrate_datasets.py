@@ -11,6 +11,7 @@ import ast
 import copy
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from data.config import Lined, LinedLoader, at_line, checked, nearest, read_yaml  # noqa: E402
+from data.config import Lined, LinedLoader, at_line, checked, nearest, read_yaml, require_type  # noqa: E402
 from data.tasks import TASKS  # noqa: E402
 from data.transforms import RULES, ResizeRule  # noqa: E402
 
@@ -82,7 +83,10 @@ def read_table(path: Path) -> Lined:
 def _lined(node: ast.expr | None, twice: list[str]) -> Any:
     """A literal whose mappings know the lines of their keys; `twice` gets those that repeat."""
     if not isinstance(node, ast.Dict):
-        return ast.literal_eval(node)  # type: ignore[arg-type]
+        try:
+            return ast.literal_eval(node)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"line {getattr(node, 'lineno', '?')} is no literal") from error
     table = Lined()
     table.lines = {}
     for key, value in zip(node.keys, node.values, strict=True):
@@ -119,6 +123,8 @@ def translate(info: Path, config: Path, old_root: str) -> tuple[dict[str, Any], 
                 notes.append(f"{where}: {part} has weight 0")
     sets = [dataset for group in mixture.values() for dataset in group["datasets"]]
     paths = [d[key] for d in sets for key in PATHS if key in d and "://" not in d[key]]
+    if not old_root and len({Path(path).is_absolute() for path in paths}) > 1:
+        raise ValueError(f"{info}: some paths are absolute, some are not: name --old_root")
     root = old_root or os.path.commonpath([str(Path(path).parent) for path in paths] or [""])
     for dataset in sets:
         dataset |= {key: _moved(dataset[key], root) for key in PATHS if key in dataset}
@@ -137,10 +143,16 @@ def _parts(where: str, name: str, group: dict[str, Any]) -> Iterator[tuple[str, 
                 own[key] = own[key][part]
         if not isinstance(own["dataset_names"], list):
             raise ValueError(f"{where}: dataset_names must be lists")
+        if twice := [n for n, times in Counter(own["dataset_names"]).items() if times > 1]:
+            raise ValueError(f"{where}: dataset_names holds {', '.join(map(str, twice))} twice")
         count, used = len(own["dataset_names"]), own["num_used_data"]
         own["num_used_data"] = used if isinstance(used, list) else [used] * count
         if len(own["num_used_data"]) != count:
             raise ValueError(f"{where}: num_used_data {used} for {count} dataset_names")
+        for rows in own["num_used_data"]:
+            require_type(f"{where}: num_used_data={rows!r}", rows, int)
+        if own["weight"] != 0:  # left out later
+            require_type(f"{where}: weight={own['weight']!r}", own["weight"], float)
         yield f"{name}/{part}" if part else name, own
 
 

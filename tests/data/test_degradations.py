@@ -1,5 +1,7 @@
 """Physics of the degradations against independent references, and severity on shipped images."""
 
+from itertools import pairwise
+
 import numpy as np
 import pydicom
 import pydicom.data
@@ -98,7 +100,7 @@ def test_masks_are_nested_and_hold_the_centre():
         mri.cartesian_mask(201, p["acceleration"], p["centre_fraction"], seeded(3))
         for p in map(DEGRADATIONS["mri_undersampling"].parameters, SEVERITIES)
     ]
-    for more, fewer in zip(masks, masks[1:], strict=False):
+    for more, fewer in pairwise(masks):
         assert fewer.sum() < more.sum() and not (fewer & ~more).any()
     assert all(m[96:104].all() for m in masks)
 
@@ -432,9 +434,7 @@ def test_parameters_are_monotone(name):
 
 def test_severity_words_share_the_range():
     entry = DEGRADATIONS["mri_gibbs"]
-    for edge, word, after in zip(
-        (0.25, 0.5, 0.75), SEVERITY_WORDS, SEVERITY_WORDS[1:], strict=False
-    ):
+    for edge, (word, after) in zip((0.25, 0.5, 0.75), pairwise(SEVERITY_WORDS), strict=True):
         assert entry.sentence(edge).startswith(f"Gibbs ringing, {word}: ")
         assert entry.sentence(edge + 1e-9).startswith(f"Gibbs ringing, {after}: ")
 

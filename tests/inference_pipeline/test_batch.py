@@ -351,15 +351,35 @@ def test_questions_edits_and_thinking(restorer, pairs):
 def test_layers_that_visit_the_device_give_the_same(restorer, pairs):
     """Layers kept on the CPU by accelerate: parameters live elsewhere until a layer runs."""
     image = Image.open(next((pairs / "images" / "test").glob("*_0_input.png")))
-    other = Restorer.load(CHECKPOINT)
-    spread(other.model, {"cpu": "10GiB"})
+    other = Restorer.load(CHECKPOINT, max_memory={"cpu": "10GiB"})
     layers = other.model.language_model.model.layers
     assert all(p.device.type == "meta" for p in layers.parameters())
     guided = SamplingConfig(num_timesteps=3, cfg_text_scale=2.0, cfg_img_scale=2.0)
     a, b = (r.restore(image, "Remove the noise.", guided, FAST["text"]) for r in (restorer, other))
     assert a.assessment == b.assessment and a.image.tobytes() == b.image.tobytes()
     with pytest.raises(ValueError, match="do not fit"):
-        spread(Restorer.load(CHECKPOINT).model, {"cpu": "1KiB"})
+        Restorer.load(CHECKPOINT, max_memory={"cpu": "1KiB"})
+
+
+def test_a_model_that_is_to_be_spread_is_never_on_one_device(monkeypatch):
+    """It may not fit: it comes on the CPU, and all but its layers moves to the first device."""
+    model = Restorer.load(CHECKPOINT).model
+    layers = {f"language_model.model.{n}" for n, _ in model.language_model.model.named_parameters()}
+    layers = {name for name in layers if ".layers." in name}
+    with pytest.raises(ValueError, match="do not fit"):
+        spread(model, {"cpu": "1KiB"}, "meta")
+    left = {name for name, p in model.named_parameters() if p.device.type == "cpu"}
+    assert left == layers and len(layers) > 100
+
+    handed = []
+
+    def noted(model, *others):
+        handed.append((model.device, *others))
+        return model
+
+    monkeypatch.setattr("inference_pipeline.restorer.spread", noted)
+    Restorer.load(CHECKPOINT, max_memory={0: "1GiB"}, device="cuda:0")
+    assert handed == [(torch.device("cpu"), {0: "1GiB"}, "cuda:0")]
 
 
 def test_the_shell_script_passes_on_what_it_is_told():

@@ -14,7 +14,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from inference_pipeline.metrics import describe
-from inference_pipeline.report import ReportError, choose, error_map, find_runs, main, page_data
+from inference_pipeline.report import choose, error_map, find_runs, main, page_data
+from inference_pipeline.results import ResultsError
 from inference_pipeline.text_metrics import TEXT_PROTOCOL
 from scripts.tiny.make_pairs import test_records as make_test_records
 
@@ -120,7 +121,7 @@ def test_error_map_is_the_absolute_error_up_to_white():
     ]
     np.testing.assert_array_equal(maps[0], [[67, 0, 0], [0, 0, 255]])
     np.testing.assert_array_equal(maps[1], [[13, 0, 0], [0, 0, 100]])
-    with pytest.raises(ReportError, match=r"\(48, 40\) beside a truth of \(4, 4\)"):
+    with pytest.raises(ResultsError, match=r"\(48, 40\) beside a truth of \(4, 4\)"):
         error_map(grey(0), grey(0, (4, 4)), 0.2)
 
 
@@ -181,19 +182,19 @@ def test_another_test_set_is_no_neighbour(tmp_path):
 
 def test_what_no_report_can_be_made_of(tmp_path, capsys):
     folder = write_run(tmp_path / "run", "run", None, 25.0)
-    with pytest.raises(ReportError, match="images: neither results.jsonl there nor"):
+    with pytest.raises(ResultsError, match="images: neither results.jsonl there nor"):
         find_runs([folder / "images"])
     path = folder / "results.jsonl"
     whole = path.read_text()
     path.write_text(whole.replace('{"sample_id": 1,', '{"sample_id": 1', 1))
-    with pytest.raises(ReportError, match=r"run/results\.jsonl:2: Expecting"):
+    with pytest.raises(ResultsError, match=r"run/results\.jsonl:2: Expecting"):
         find_runs([tmp_path])
     path.write_text(whole)
     (folder / "images" / "2_pred.png").rename(folder / "elsewhere.png")
     assert 2 not in [card["sample_id"] for card in data_of(folder)["samples"]]
     assert "sample 2 is left out" in capsys.readouterr().err
     (folder / "statistics.json").unlink()
-    with pytest.raises(ReportError, match="run: no statistics.json: let the batch inference"):
+    with pytest.raises(ResultsError, match="run: no statistics.json: let the batch inference"):
         find_runs([tmp_path])
 
 

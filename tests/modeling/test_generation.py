@@ -1,6 +1,7 @@
 """Batched decoding and sampling against one at a time and against the uncached model."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -205,7 +206,7 @@ def test_sampling_is_the_euler_method_with_guidance_written_out(model):
     ids, x = job.context.latent_position_ids(job.grid), job.noise
     times = torch.linspace(1, 0, settings["num_timesteps"]).tolist()
     guided_steps = 0
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in pairwise(times):
         v = next_velocity(job.context, x, t, ids)
         if 0.3 < t <= 0.8:
             guided_steps += 1

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_gate_is_a_ramp():
 def test_euler_times_fall_from_one_to_zero_and_are_shifted():
     times = euler_times(9, 3.0)
     assert times[0] == 1.0 and times[-1] == 0.0 and len(times) == 9
-    assert all(a > b for a, b in zip(times, times[1:], strict=False))
+    assert all(a > b for a, b in pairwise(times))
     assert times[4] == pytest.approx(3 * 0.5 / 2)
 
 
