@@ -107,10 +107,18 @@ class Bagel(nn.Module):
         features = self.vit_model(vit.patches, vit.position_ids, vit.lens)
         return self.connector(features) + self.vit_pos_embed(vit.position_ids)
 
-    def embed_latents(self, z_LD: Tensor, t_L: Tensor, position_ids: Tensor) -> Tensor:
-        """(L, d) inputs of latent tokens at times t_L in [0, 1]."""
+    def embed_latents(
+        self, z_LD: Tensor, t: Tensor, position_ids: Tensor, lens: Tensor | None = None
+    ) -> Tensor:
+        """(L, d) inputs of latent tokens at times t in [0, 1].
+
+        `t` is (L,), or with `lens`, the int64 numbers of tokens of the images, one time an image.
+        """
         latents = self.vae2llm(z_LD.to(self.vae2llm.weight.dtype))
-        return latents + self.time_embedder(t_L) + self.latent_pos_embed(position_ids)
+        times = self.time_embedder(t)
+        if lens is not None:
+            times = times.repeat_interleave(lens, 0, output_size=len(z_LD))
+        return latents + times + self.latent_pos_embed(position_ids)
 
     @torch.no_grad()
     def encode_images(

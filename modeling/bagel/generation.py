@@ -291,8 +291,8 @@ def _embedded(model: Bagel, images: list[tuple[Tensor, Tensor, float]]) -> tuple
     """(L, d) inputs of each image's (L, D) tokens, their position ids and its time."""
     x, ids, times = zip(*images, strict=True)
     lens = [len(tokens) for tokens in x]
-    t = torch.tensor(times).repeat_interleave(torch.tensor(lens)).to(model.device)
-    return model.embed_latents(torch.cat(x), t, torch.cat(ids)).split(lens)
+    t, counts = (torch.tensor(values, device=model.device) for values in (times, lens))
+    return model.embed_latents(torch.cat(x), t, torch.cat(ids), counts).split(lens)
 
 
 @torch.no_grad()

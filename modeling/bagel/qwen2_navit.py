@@ -131,10 +131,6 @@ class MLP(Qwen2MLP):
         return self.down_proj(_SwiGLU.apply(gate, up))
 
 
-FEW_NUMBERS = 2**15
-"""Of a decoding step's norms, whose calls cost more than their arithmetic."""
-
-
 @cache
 def _scalar(value: float) -> Tensor:
     return torch.tensor(value)
@@ -143,20 +139,15 @@ def _scalar(value: float) -> Tensor:
 class RMSNorm(nn.RMSNorm):
     """Fused, with float32 sums, also where autocast mixes the dtypes of input and weight."""
 
-    def _of_few(self, x: Tensor) -> Tensor:
-        """Five operations instead of nine: a CPU has no fused kernel."""
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = torch.addcmul(_scalar(self.eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
-        return torch.mul(x, scale).mul_(self.weight)
-
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype:
-            few = x.numel() < FEW_NUMBERS and x.dtype == torch.float32 and x.is_cpu
-            if few and not torch.is_grad_enabled():
-                return self._of_few(x)
-            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
-        wide = torch.promote_types(x.dtype, self.weight.dtype)
-        out = F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps)
+        weight = self.weight
+        if x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.is_grad_enabled():
+            # A CPU has no fused kernel: five operations instead of nine.
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            scale = torch.addcmul(_scalar(self.eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+            return torch.mul(x, scale).mul_(weight)
+        wide = torch.promote_types(x.dtype, weight.dtype)
+        out = F.rms_norm(x.to(wide), self.normalized_shape, weight.to(wide), self.eps)
         return out.to(x.dtype)
 
 
