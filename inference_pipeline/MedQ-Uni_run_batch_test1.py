@@ -1,12 +1,14 @@
 """Batch restoration with the resize rules of the users' first script; see `batch.py`."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from inference_pipeline.batch import command  # noqa: E402
+from inference_pipeline.batch import main  # noqa: E402
 from inference_pipeline.restorer import FIRST_RULES  # noqa: E402
+from inference_pipeline.results import command  # noqa: E402
 
 if __name__ == "__main__":
-    command(FIRST_RULES)
+    command(partial(main, rules=FIRST_RULES))

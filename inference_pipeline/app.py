@@ -5,7 +5,6 @@ python -m inference_pipeline.app --model_path configs/tiny/checkpoint
 
 import argparse
 import inspect
-import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +17,7 @@ from data.images import read_image
 from modeling.bagel.generation import SamplingConfig
 
 from .restorer import Restorer
+from .results import command
 
 CACHE_SECONDS = 3600
 """Images on the server's disk that are older go, and all of them with the page."""
@@ -79,7 +79,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    command(main)

@@ -9,7 +9,6 @@ under `torchrun --nproc_per_node N` shares each test set among N processes.
 """
 
 import argparse
-import sys
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
@@ -155,11 +154,3 @@ def _print(statistics: dict[str, Any], protocols: tuple[str, ...]) -> None:
                     psnr, ssim = (summary[name] for name in names)
                     found += f", {kind.strip('_') or 'restored'} {psnr:.2f}/{ssim:.3f}"
             print(f"  {task}: {found}")
-
-
-def command(rules: Rules | None = None) -> None:
-    """Runs `main` as a program: errors of input and configuration are one line."""
-    try:
-        sys.exit(main(rules=rules))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")

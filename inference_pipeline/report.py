@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from .metrics import PROTOCOLS, describe
-from .results import RESULTS, SETTINGS, STATISTICS, ResultsError, read_json, read_results
+from .results import RESULTS, SETTINGS, STATISTICS, ResultsError, command, read_json, read_results
 from .text_metrics import TEXT_PROTOCOL
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -245,7 +245,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    command(main)

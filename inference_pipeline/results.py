@@ -101,9 +101,9 @@ def write_table(
     print(f"{len(table)} rows in {args.output}")
 
 
-def command(main: Callable[[], None]) -> None:
-    """Runs a command line; its user's mistakes become one line and exit code 1."""
+def command(main: Callable[[], int | None]) -> None:
+    """Ends with the exit code of a command line; its user's mistakes become one line and code 1."""
     try:
-        main()
+        sys.exit(main())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -19,7 +19,6 @@ import difflib
 import hashlib
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from io import BytesIO
@@ -34,7 +33,7 @@ from modeling.bagel.generation import TextConfig
 from modeling.pretrained import MANIFEST
 
 from .restorer import Restorer
-from .results import claim
+from .results import claim, command
 
 Row = dict[str, str]
 REQUEST = "Answer with the letter of the correct option only."
@@ -199,7 +198,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    command(main)

@@ -29,6 +29,17 @@ class Attention(Protocol):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor: ...
 
 
+def head_rows(q_SHE: Tensor, groups: int) -> Tensor:
+    """(S, Hq, E) -> (Hk, S * groups, E): queries of a group are rows of one product with their
+    key head."""
+    return q_SHE.unflatten(1, (-1, groups)).transpose(0, 1).flatten(1, 2)
+
+
+def row_heads(rows: Tensor, groups: int) -> Tensor:
+    """(Hk, S * groups, E) -> (S, Hq, E), the way back."""
+    return rows.unflatten(1, (-1, groups)).transpose(0, 1).flatten(1, 2)
+
+
 def grouped_sdpa(
     q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
@@ -36,19 +47,15 @@ def grouped_sdpa(
 
     `mask` (queries, keys) is True where a query sees a key. Returns (queries, Hq, E).
     """
-    queries, q_heads, size = q_SHE.shape
-    groups = q_heads // k_SHE.shape[1]
+    groups = q_SHE.shape[1] // k_SHE.shape[1]
     if mask is None and not causal:
-        # Queries of a group are rows of one product with their key head.
-        q = q_SHE.unflatten(1, (-1, groups)).transpose(0, 1).flatten(1, 2)
-        k, v = (x.transpose(0, 1) for x in (k_SHE, v_SHE))
-        out = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
-        return out.unflatten(1, (queries, groups)).transpose(0, 1).reshape(queries, q_heads, size)
+        q, k, v = head_rows(q_SHE, groups), k_SHE.transpose(0, 1), v_SHE.transpose(0, 1)
+        return row_heads(F.scaled_dot_product_attention(q[None], k[None], v[None])[0], groups)
     # (Hk, groups, S, E): the key heads are the batch, so that expanding over groups is a view.
     q = q_SHE.unflatten(1, (-1, groups)).permute(1, 2, 0, 3)
     k, v = (x.permute(1, 0, 2)[:, None].expand(-1, groups, -1, -1) for x in (k_SHE, v_SHE))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    return out.permute(2, 0, 1, 3).reshape(queries, q_heads, size)
+    return out.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _token_splits(split_lens: Lens, modes: Modes) -> tuple[Tensor, Tensor, Tensor]:

@@ -214,4 +214,4 @@ def run_arguments(checkpoint: Path, mixture: Path, run: Path, **changes: Any) ->
 def next_velocity(context: Context, x: Tensor, t: float, ids: Tensor) -> Tensor:
     """(L, D) velocity of the image x (L, D) at time t as the next segment of a context."""
     latents = context.model.embed_latents(x, x.new_full((len(x),), t), ids)
-    return NextImages([context], [ids]).velocities(latents)[0]
+    return NextImages([(context, len(ids))]).velocities(latents)[0]

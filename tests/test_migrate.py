@@ -172,13 +172,13 @@ def test_every_name_that_stands_twice_is_told_with_both_lines(tmp_path, capsys):
             "dataset_info.py",
             '"num_files": 1',
             '"num_files": len("x")',
-            "DATASET_INFO is read, not run: malformed node or string on line 13",
+            "DATASET_INFO is read, not run: line 13 is no literal",
         ),
         (
             "dataset_info.py",
             '"eyeq": {',
             '**more, "eyeq": {',
-            "DATASET_INFO is read, not run: malformed node",
+            "DATASET_INFO is read, not run: line 13 is no literal",
         ),
         (
             "dataset_info.py",

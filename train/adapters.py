@@ -36,11 +36,6 @@ def is_adapter(name: str) -> bool:
     return name.endswith((A, B))
 
 
-def plain_name(name: str) -> str:
-    """Name of the tensor in a checkpoint without adapters."""
-    return name.replace(BASE, "")
-
-
 def initial_adapters(model: nn.Module, seed: int) -> dict[str, Tensor]:
     """Kaiming-uniform A, zero B, so that the model starts as it was; the same on every rank."""
     generator = torch.Generator().manual_seed(seed)

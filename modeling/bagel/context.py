@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import Attention, grouped_sdpa
+from ..attention import Attention, grouped_sdpa, head_rows, row_heads
 from ..batch import AttentionMode, SpecialTokens, VitImages
 from ..geometry import patchify, position_ids, token_grid
 from .bagel import Bagel
@@ -154,18 +154,23 @@ class NextImages:
     together but for the rounding of matrix products. The contexts stay as they are.
     """
 
-    def __init__(self, contexts: Sequence[Context], ids: Sequence[Tensor]) -> None:
-        """`ids` are the (L,) latent position ids of each image."""
+    def __init__(self, images: Sequence[tuple[Context, int]]) -> None:
+        """`images` are contexts, each with the number of latent tokens L that follow it."""
+        contexts, self.lens = [context for context, _ in images], [n + 2 for _, n in images]
         self.model, tokens = contexts[0].model, contexts[0].tokens
-        device, self.lens = self.model.device, [len(i) + 2 for i in ids]
-        self.caches = [context.cache for context in contexts]
-        for cache, n in zip(self.caches, self.lens, strict=True):
+        device, caches = self.model.device, [context.cache for context in contexts]
+        for cache, n in zip(caches, self.lens, strict=True):
             cache.reserve(n)
-        positions = torch.tensor([context.position for context in contexts], device=device)
-        self.positions = positions.repeat_interleave(torch.tensor(self.lens, device=device))
-        ends = torch.tensor(self.lens, device=device).cumsum(0)
+        self.views = []
+        """By context and layer: the place of its new keys and values, (2, n, Hk, E); all of its
+        keys and all of its values, (1, Hk, past + n, E)."""
+        for cache, n in zip(caches, self.lens, strict=True):
+            layers = cache.store[:, :, : cache.length + n]
+            self.views.append([(x[:, -n:], *x.transpose(1, 2)[:, None]) for x in layers])
+        positions, lens = torch.tensor([[c.position for c in contexts], self.lens], device=device)
+        self.positions, ends = positions.repeat_interleave(lens), lens.cumsum(0)
         is_latent = torch.ones(sum(self.lens), dtype=torch.bool, device=device)
-        is_latent[ends - 1] = is_latent[ends - torch.tensor(self.lens, device=device)] = False
+        is_latent[ends - 1] = is_latent[ends - lens] = False
         self.gen = is_latent.nonzero()[:, 0]
         markers = torch.tensor([tokens.image_start, tokens.image_end], device=device)
         start_end = self.model.embed_text(markers)
@@ -178,9 +183,14 @@ class NextImages:
         context after context."""
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            new = torch.stack((k, v)).split(self.lens, 1)
-            parts = zip(self.caches, q.split(self.lens), new, strict=True)
-            return torch.cat([cache.attend("full", layer, *part) for cache, *part in parts])
+            groups, new = q.shape[1] // k.shape[1], torch.stack((k, v)).split(self.lens, 1)
+            rows = head_rows(q, groups).split([n * groups for n in self.lens], 1)
+            parts = []
+            for views, own, pair in zip(self.views, rows, new, strict=True):
+                place, keys, values = views[layer]
+                place.copy_(pair)
+                parts.append(F.scaled_dot_product_attention(own[None].to(keys), keys, values)[0])
+            return row_heads(torch.cat(parts, 1), groups).to(q.device)
 
         self.segments[self.gen] = latents.to(self.segments.dtype)
         embeddings = self.segments.to(self.model.dtype)

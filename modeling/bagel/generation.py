@@ -269,7 +269,7 @@ def sample_latents(jobs: Sequence[ImageJob]) -> list[Tensor]:
         contexts = {i: jobs[i].at(times[i][step]) for i in active}
         key = tuple((i, len(contexts[i])) for i in active)
         if key not in forwards:  # in the first step, and where guidance sets in or a job ends
-            forwards[key] = NextImages(*_flat((c, ids[i]) for i in active for c in contexts[i]))
+            forwards[key] = NextImages([(c, len(x[i])) for i in active for c in contexts[i]])
         now = [(x[i], ids[i], times[i][step]) for i in active]
         embedded = _embedded(jobs[0].context.model, now)
         latents = [z for i, z in zip(active, embedded, strict=True) for _ in contexts[i]]
@@ -280,11 +280,6 @@ def sample_latents(jobs: Sequence[ImageJob]) -> list[Tensor]:
                 v = guided_velocity(v, guidance[0], *guidance[1:], config=jobs[i].config)
             x[i] = x[i] - v * (times[i][step] - times[i][step + 1])
     return x
-
-
-def _flat(pairs: Iterable[tuple[Context, Tensor]]) -> tuple[list[Context], list[Tensor]]:
-    contexts, ids = zip(*pairs, strict=True)
-    return list(contexts), list(ids)
 
 
 def _embedded(model: Bagel, images: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, ...]:

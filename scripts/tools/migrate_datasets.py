@@ -80,17 +80,19 @@ def read_table(path: Path) -> Lined:
     return table
 
 
-def _lined(node: ast.expr | None, twice: list[str]) -> Any:
+def _lined(node: ast.expr, twice: list[str]) -> Any:
     """A literal whose mappings know the lines of their keys; `twice` gets those that repeat."""
     if not isinstance(node, ast.Dict):
         try:
-            return ast.literal_eval(node)  # type: ignore[arg-type]
+            return ast.literal_eval(node)
         except ValueError as error:
-            raise ValueError(f"line {getattr(node, 'lineno', '?')} is no literal") from error
+            raise ValueError(f"line {node.lineno} is no literal") from error
     table = Lined()
     table.lines = {}
     for key, value in zip(node.keys, node.values, strict=True):
-        name = _lined(key, twice)
+        if not isinstance(key, ast.Constant):  # None stands for **
+            raise ValueError(f"line {value.lineno} is no literal")
+        name = key.value
         if line := table.lines.get(name):
             text = f"{value.lineno}: {name!r} stands in line {line} already: remove one of them"
             twice.append(text)

@@ -217,10 +217,10 @@ def test_other_settings_do_not_share_a_folder(tmp_path):
         (Asked(), TextConfig(max_new_tokens=25), "text"),
         (Asked(folder=tmp_path), SHORT, "checkpoint"),
     ):
-        with pytest.raises(ValueError, match=f"other .*{name}.*--output_dir"):
+        with pytest.raises(ValueError, match=rf"see .*{name}.* in settings.json.*--output_dir"):
             run(model, tsv, output, text)
     write(tsv, [rows[0] | {"question": "another"}])
-    with pytest.raises(ValueError, match="other sha256"):
+    with pytest.raises(ValueError, match="see sha256 in settings.json"):
         run(Asked(), tsv, output, SHORT)
     assert json.loads((output / "settings.json").read_text()) == before
 
