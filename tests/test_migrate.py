@@ -178,7 +178,7 @@ def test_every_name_that_stands_twice_is_told_with_both_lines(tmp_path, capsys):
             "dataset_info.py",
             '"eyeq": {',
             '**more, "eyeq": {',
-            "DATASET_INFO is read, not run: line 13 is no literal",
+            "DATASET_INFO is read, not run: line 9 is no literal",
         ),
         (
             "dataset_info.py",
