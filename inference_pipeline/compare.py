@@ -3,16 +3,16 @@
 import argparse
 from pathlib import Path
 
-from .metrics import TEXT_METRICS, describe
+from .metrics import describe
 from .results import command, read_results, read_settings
 from .summary import CONFIDENCE, paired
-from .text_metrics import TEXT_PROTOCOL
+from .text_metrics import TEXT_PROTOCOLS
 
 
 def protocol_of(number: str, *protocols: str) -> str:
     """What a number means, given the first protocol of each run; ValueError when they differ."""
-    if number in TEXT_METRICS:
-        return TEXT_PROTOCOL
+    if number in TEXT_PROTOCOLS:
+        return TEXT_PROTOCOLS[number]
     if ":" in number:
         protocols = (number.split(":")[0],)
     if len({*protocols}) > 1:

@@ -19,6 +19,8 @@ from data.scores import PEAK, psnr_db, rgb_arrays, ssim
 from data.scores import PSNR_OF_EQUAL_IMAGES as PSNR_OF_EQUAL_IMAGES
 from data.scores import scores as scores
 
+from .text_metrics import TEXT_PROTOCOLS
+
 UNIFORM_SIDE, GAUSSIAN_SIDE, SIGMA = 7, 11, 1.5
 """Sides of the windows, scikit-image's default and Wang's, in pixels; deviation of Wang's."""
 K1, K2 = 0.01, 0.03
@@ -35,7 +37,6 @@ _DESCRIPTIONS = {
 PROTOCOLS = tuple(_DESCRIPTIONS)
 PROTOCOL = PROTOCOLS[0]
 METRICS = ("psnr", "ssim", "ms_ssim")
-TEXT_METRICS = ("bleu", "rouge_l", "meteor")
 KINDS = ("", "_input", "_bicubic", "_ceiling")
 """Suffixes of a metric: the restoration, and what it is held against."""
 
@@ -62,7 +63,7 @@ def prefixes(protocols: Iterable[str]) -> dict[str, str]:
 def number_names(protocols: Iterable[str] = (PROTOCOL,)) -> list[str]:
     """Every name that a number of a result can have."""
     images = [metric + kind for metric in (*METRICS, "lpips") for kind in KINDS]
-    return [p + name for p in prefixes(protocols).values() for name in images] + [*TEXT_METRICS]
+    return [p + name for p in prefixes(protocols).values() for name in images] + [*TEXT_PROTOCOLS]
 
 
 def measure(

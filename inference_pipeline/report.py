@@ -22,7 +22,7 @@ from PIL import Image
 
 from .metrics import PROTOCOLS, describe
 from .results import RESULTS, SETTINGS, STATISTICS, ResultsError, command, read_json, read_results
-from .text_metrics import TEXT_PROTOCOL
+from .text_metrics import TEXT_PROTOCOLS
 
 TEMPLATE = Path(__file__).with_name("report.html")
 RANKED_BY = "psnr"
@@ -197,7 +197,7 @@ def page_data(runs: list[Run], white: float, max_bytes: int) -> Json:
         "samples": samples([*sets.values()], runs, album, white),
         "left_out": album.left_out,
         "images": album.uris,
-        "protocols": {p: f"protocol {describe(p)}" for p in PROTOCOLS} | {"text": TEXT_PROTOCOL},
+        "protocols": {p: f"protocol {describe(p)}" for p in PROTOCOLS} | TEXT_PROTOCOLS,
         "tests": [{"split": key[0], "runs": members} for key, members in sets.items()],
         "runs": [
             {

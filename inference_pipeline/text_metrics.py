@@ -3,10 +3,12 @@
 import re
 from collections.abc import Sequence
 
-TEXT_PROTOCOL = (
-    "bleu: sentence BLEU of sacrebleu with effective order, in percent; rouge_l: F measure of "
-    "rouge-score with stems; meteor: nltk, exact and stem matches (no WordNet)"
-)
+TEXT_PROTOCOLS = {
+    "bleu": "sentence BLEU of sacrebleu with effective order, in percent",
+    "rouge_l": "F measure of rouge-score with stems",
+    "meteor": "nltk, exact and stem matches (no WordNet)",
+}
+"""How each number is measured."""
 
 
 class _NoWordNet:

@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from inference_pipeline.metrics import describe
 from inference_pipeline.report import choose, error_map, find_runs, main, page_data
 from inference_pipeline.results import ResultsError
-from inference_pipeline.text_metrics import TEXT_PROTOCOL
+from inference_pipeline.text_metrics import TEXT_PROTOCOLS
 from scripts.tiny.make_pairs import test_records as make_test_records
 
 ROOT = Path(__file__).parents[2]
@@ -61,13 +61,16 @@ def write_sample(folder: Path, i: int, psnr: float) -> dict:
         "psnr_input": 20.0,
         "psnr_ceiling": 40.0,
         "standard:psnr": psnr + 1,
-        "bleu": 0.5,
+        "bleu": 100.0,
+        "rouge_l": 1.0,
+        "meteor": 0.981,
     }
 
 
 def summary(psnr: float, n_failed: int = 0) -> dict:
     numbers = {"psnr": psnr, "psnr_input": 20.0, "psnr_ceiling": 40.0}
-    numbers |= {"lpips": 1 / psnr, "lpips_input": 0.3, "standard:psnr": psnr + 1, "bleu": psnr / 50}
+    numbers |= {"lpips": 1 / psnr, "lpips_input": 0.3, "standard:psnr": psnr + 1}
+    numbers |= dict.fromkeys(TEXT_PROTOCOLS, psnr / 50)
     summed = {"total_samples": 5, "n_failed": n_failed}
     for name, value in numbers.items():
         summed |= {f"{name}_mean": value, f"{name}_std": value / 10}
@@ -288,10 +291,17 @@ def test_a_text_that_reached_the_page_could_not_run(opened):
 def test_tables_mark_the_best(opened):
     tables = opened.page.locator("#numbers > .scroll table")
     captions = tables.locator("caption").all_inner_texts()
-    assert captions[:3] == [
+    assert captions[:2] == [
         f"PSNR in dB · protocol {describe('medq')} · higher is better",
         f"LPIPS · protocol {describe('medq')} · lower is better",
-        f"BLEU · {TEXT_PROTOCOL} · higher is better",
+    ]
+    text = opened.page.locator("#numbers details", has_text="Text of the assessments").first
+    text.locator("summary").click()
+    assert text.locator("caption").all_inner_texts() == [
+        f"{name} · {protocol} · higher is better"
+        for name, protocol in zip(
+            ("BLEU", "ROUGE-L", "METEOR"), TEXT_PROTOCOLS.values(), strict=True
+        )
     ]
     best = tables.nth(0).locator(".best").all_inner_texts()
     assert best == ["29.00 ★[28.13, 29.58]", "31.00 ★[30.07, 31.62]"]
@@ -307,7 +317,7 @@ def test_tables_mark_the_best(opened):
 
 def test_curves_follow_the_means(opened):
     charts = opened.page.locator("#curves svg")
-    assert charts.count() == 3
+    assert charts.count() == 2 + len(TEXT_PROTOCOLS)
     assert charts.nth(0).locator("path.curve").count() == len(TASKS)
     points = charts.nth(0).locator("circle").all()
     titles = [point.locator("title").text_content() for point in points]
@@ -390,7 +400,7 @@ def test_zoom_enlarges_all_images_of_a_card_together(opened):
 
 def test_another_checkpoint_and_the_truth_are_shown_instead(opened):
     card, restored = opened.card, opened.card.locator(".compare > img")
-    row = card.locator(".numbers .chosen")
+    row = card.locator(".numbers .chosen").first
     last = restored.get_attribute("src")
     assert "28.00" in row.inner_text()
     card.locator(".numbers input").nth(0).check()
@@ -401,6 +411,20 @@ def test_another_checkpoint_and_the_truth_are_shown_instead(opened):
     assert card.locator(".clip img").get_attribute("alt") == "truth"
     truth = card.locator(".four img[alt=truth]").get_attribute("src")
     assert card.locator(".clip img").get_attribute("src") == truth
+
+
+def test_numbers_of_a_sample_fit_beside_its_images(opened):
+    opened.page.set_viewport_size({"width": 1200, "height": 1000})
+    image, text = opened.card.locator(".words .scroll").all()
+    head = image.locator("tbody th").first
+    assert (head.inner_text(), head.evaluate("e => e.clientHeight") < 30) == (
+        "degraded input",
+        True,
+    )
+    assert text.locator("thead th").all_inner_texts() == ["", "BLEU", "ROUGE-L", "METEOR"]
+    assert text.locator(".chosen td").all_inner_texts() == ["100.0", "1.000", "0.981"]
+    for table in (image, text):
+        assert table.evaluate("e => e.scrollWidth - e.clientWidth") == 0
 
 
 def test_dark_and_printed(opened):
