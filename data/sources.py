@@ -1,15 +1,16 @@
 """Records of a file, indexed when it is opened and read when they are drawn.
 
 What is kept of a JSONL file is the place of every line, of a parquet file the place of every row
-group. Both stay in shared memory or are small, so workers get them for nothing.
+group. The former goes to shared memory, the latter is small: workers get both for nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .files import Place, files_of, open_binary
 from .records import RESTORATION, Form, Record, RecordError, parse_record, record_of
@@ -39,19 +40,18 @@ class JsonlRecords:
         starts, numbers = starts[: used or None], numbers[: used or None]
         if not len(starts):
             raise RecordError(f"{path}:1: no record in the file")
-        self._starts = torch.from_numpy(starts).share_memory_()
-        self._numbers = torch.from_numpy(numbers).share_memory_()
+        self.index = torch.from_numpy(starts), torch.from_numpy(numbers)
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self.index[0])
 
     def __getitem__(self, index: int) -> Record:
         self._file = self._file or open_binary(self.path)
-        self._file.seek(int(self._starts[index]))
+        self._file.seek(int(self.index[0][index]))
         return parse_record(self._file.readline(), self.source(index), self.form)
 
     def source(self, index: int) -> str:
-        return f"{self.path}:{int(self._numbers[index])}"
+        return f"{self.path}:{int(self.index[1][index])}"
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_file": None}
@@ -98,6 +98,8 @@ class ParquetRecords:
     each. Planning is ahead of decoding, by groups that must not evict each other. Raises
     RecordError without any row, ValueError without pyarrow.
     """
+
+    index: tuple[Tensor, ...] = ()
 
     def __init__(self, path: Place, form: Form = RESTORATION, used: int = 0) -> None:
         self.path, self.form = path, form
@@ -159,6 +161,14 @@ class ParquetRecords:
 
 Records = JsonlRecords | ParquetRecords
 """Records by number; one that cannot be used raises RecordError when it is read."""
+
+
+def share(tensors: Sequence[Tensor]) -> None:
+    """Moves tensors into one piece of shared memory: a process is sent 253 pieces at most."""
+    sizes = [-(-tensor.nbytes // 8) * 8 for tensor in tensors]
+    pieces = torch.zeros(sum(sizes), dtype=torch.uint8).share_memory_().split(sizes)
+    for tensor, piece in zip(tensors, pieces, strict=True):
+        tensor.data = piece[: tensor.nbytes].view(tensor.dtype).copy_(tensor)
 
 
 def good_records(records: Records) -> Iterator[Record]:

@@ -23,7 +23,7 @@ from .files import Place
 from .images import ImageError
 from .packer import Packer, PackerConfig
 from .records import RecordError
-from .sources import Records
+from .sources import Records, share
 from .tally import TOO_LONG, Bad, Tally, reason_of
 from .tasks import Task
 from .tokenizer import Tokenizer
@@ -90,8 +90,8 @@ class Dataset:
         self.name, self.records, self.task = config.name, records, task
         self.folder: Place = config.data_dir
         self.packing, self.seed = packing, seed
-        # Shared with the workers: what one of them has measured costs the others nothing.
-        self._lengths = torch.zeros(len(records), dtype=torch.int32).share_memory_()
+        self.lengths = torch.zeros(len(records), dtype=torch.int32)
+        """0 where not known yet; shared: what one worker has measured costs the others nothing."""
         self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,11 +111,11 @@ class Dataset:
 
         Raises RecordError and ImageError when it cannot be used.
         """
-        if not (known := int(self._lengths[record])):
+        if not (known := int(self.lengths[record])):
             outline = self.task.outline(self.records[record], self.folder, seed)
             known = self.packing.num_tokens(outline)
             if not self.task.chooses:
-                self._lengths[record] = known
+                self.lengths[record] = known
         return known
 
 
@@ -157,6 +157,7 @@ class Planner:
             weights += [group.weight * size / sum(sizes) for size in sizes]
             if group.is_mandatory:
                 mandatory.append(range(first, len(self.datasets)))
+        share([tensor for d in self.datasets for tensor in (d.lengths, *d.records.index)])
         if len(mandatory) > config.max_buffer_size + 1:
             raise ValueError(
                 f"max_buffer_size={config.max_buffer_size} must be {len(mandatory) - 1} or more "

@@ -209,7 +209,7 @@ def test_a_file_system_that_fails_is_no_bad_sample(
         raise fault
 
     packs.load_state_dict(packs.state_dict())
-    packs.planner.datasets[0]._lengths.zero_()
+    packs.planner.datasets[0].lengths.zero_()
     monkeypatch.setattr(Image, "open", failing)
     if not ends:
         with pytest.raises(ValueError, match=r"in a row cannot be"):

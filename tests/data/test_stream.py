@@ -136,6 +136,19 @@ def test_a_stream_can_be_set_back(checkpoint, two_sets, reference):
     assert digest(next(iter(packs))) == reference[2]
 
 
+def test_workers_take_many_data_sets(checkpoint, tmp_path):
+    """A process is sent 253 pieces of shared memory at most; these sets have 600 tensors."""
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"message": turns}) + "\n")
+    sets = [{"name": f"set{i}", "jsonl_path": str(tmp_path / "a.jsonl")} for i in range(200)]
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text(yaml.safe_dump({"text_only": {"datasets": sets}}))
+    alone, packs = loader(checkpoint, mixture), loader(checkpoint, mixture, num_workers=2)
+    assert digests(packs, 4) == digests(alone, 4)
+    measured = [int(d.lengths.sum()) > 0 for d in packs.planner.datasets]
+    assert sum(measured) > 10  # what the workers have written is seen here
+
+
 def test_another_process_plans_the_same_stream(checkpoint, two_sets, reference):
     """Hashes of texts differ between processes; nothing may hang on them."""
     script = (
