@@ -153,4 +153,6 @@ def _print(statistics: dict[str, Any], protocols: tuple[str, ...]) -> None:
                 if all(name in summary for name in names):
                     psnr, ssim = (summary[name] for name in names)
                     found += f", {kind.strip('_') or 'restored'} {psnr:.2f}/{ssim:.3f}"
+                if equal := summary.get(f"{prefix}n_equal{kind}"):
+                    found += f" ({equal} equal)"
             print(f"  {task}: {found}")

@@ -15,14 +15,14 @@ NUMBERS = ("psnr_mean", "psnr_std", "ssim_mean", "ssim_std")
 
 def rows(_: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """Overall numbers, then those of each task, under the column names that users read."""
-    statistics = results.read_json(folder / results.STATISTICS)
+    statistics = results.read_statistics(folder)
     overall, settings = statistics["overall"], results.read_settings(folder)
     row = {k: settings[k] for k in ("model_id", "split")}
     row |= {k: overall.get(k) for k in ("total_samples", *NUMBERS, "avg_inference_time")}
     for i, (task, summary) in enumerate(statistics["by_task_type"].items(), start=1):
         row |= {f"task{i}_type": task, f"task{i}_count": summary["total_samples"]}
         row |= {f"task{i}_{name}": summary.get(name) for name in NUMBERS}
-        row["timestamp"] = statistics["timestamp"]  # their tables have it behind the first task
+        row["timestamp"] = statistics.get("timestamp")  # their tables have it behind the first task
     protocol = statistics.get("protocol", settings["protocols"][0])
     yield row | {"n_failed": overall.get("n_failed"), "protocol": protocol}
 

@@ -99,7 +99,10 @@ def load_extractor(path: Path) -> Extractor:
 def features(extractor: Extractor, images: Iterable[Image.Image]) -> np.ndarray:
     """(N, D) float64 of RGB images, one at a time, as their sizes may differ."""
     pixels = (torch.tensor(np.asarray(image.convert("RGB"))) / 255 for image in images)
-    return torch.cat([extractor(x.permute(2, 0, 1)[None]) for x in pixels]).double().numpy()
+    try:
+        return torch.cat([extractor(x.permute(2, 0, 1)[None]) for x in pixels]).double().numpy()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"--extractor: not (1, 3, H, W) in, (1, D) out: {error}") from error
 
 
 def frechet_distance(

@@ -21,7 +21,15 @@ import numpy as np
 from PIL import Image
 
 from .metrics import PROTOCOLS, describe
-from .results import RESULTS, SETTINGS, STATISTICS, ResultsError, command, read_json, read_results
+from .results import (
+    RESULTS,
+    STATISTICS,
+    ResultsError,
+    command,
+    read_results,
+    read_settings,
+    read_statistics,
+)
 from .text_metrics import TEXT_PROTOCOLS
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -46,11 +54,11 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.settings.get("model_id") or self.folder.name
+        return self.settings["model_id"]
 
     @property
     def split(self) -> str:
-        return self.settings.get("split") or Path(self.settings["annotation_file"]).stem
+        return self.settings["split"]
 
     @property
     def test_set(self) -> tuple[Any, ...]:
@@ -87,8 +95,7 @@ def find_runs(folders: list[Path]) -> list[Run]:
 def read_run(folder: Path) -> Run:
     """Raises ResultsError that names the file and the line."""
     results = {result["sample_id"]: result for result in read_results(folder)}
-    settings, statistics = (read_json(folder / name) for name in (SETTINGS, STATISTICS))
-    return Run(folder, settings, statistics, results)
+    return Run(folder, read_settings(folder), read_statistics(folder), results)
 
 
 @dataclass
@@ -204,7 +211,7 @@ def page_data(runs: list[Run], white: float, max_bytes: int) -> Json:
                 "name": run.name,
                 "folder": str(run.folder),
                 "step": run.settings.get("step"),
-                "protocols": run.settings.get("protocols") or [run.statistics["protocol"]],
+                "protocols": run.settings["protocols"],
                 "settings": run.settings,
                 "statistics": run.statistics,
                 "failed": [_description(r) for r in run.results.values() if "error" in r],

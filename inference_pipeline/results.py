@@ -2,15 +2,20 @@
 
 import argparse
 import csv
+import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from modeling.pretrained import MANIFEST, LoadReport
 
 from .metrics import PROTOCOL
 
 SETTINGS, RESULTS, STATISTICS = "settings.json", "results.jsonl", "statistics.json"
+PATHS = "paths"
+"""Key of settings that say where things were, which changes no result."""
 LAST_COLUMNS = ("n_failed", "protocol")
 """Stand behind those of the users' own tables."""
 
@@ -30,13 +35,31 @@ def replace_text(path: Path, text: str) -> None:
     staged.replace(path)
 
 
+def digest(*contents: bytes) -> str:
+    """16 hexadecimal digits; how the contents are parted counts."""
+    parts = b"".join(hashlib.sha256(content).digest() for content in contents)
+    return hashlib.sha256(parts).hexdigest()[:16]
+
+
+def mark_of(report: LoadReport) -> str:
+    """What tells a checkpoint from others: its weights and what is in its folder, by the manifest's
+    digests, without which sizes and times of the files stand in for their content."""
+    folder = Path(report.folder)
+    if (manifest := folder / MANIFEST).exists():
+        return f"{report.weights} {digest(manifest.read_bytes())}"
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    stamps = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
+    return f"{report.weights} {digest('; '.join(stamps).encode())}"
+
+
 def claim(folder: Path, settings: dict[str, Any]) -> None:
     """Writes what changes a result to settings.json; raises ResumeError if other settings stand
     there."""
     path = folder / SETTINGS
     text = json.dumps(settings, indent=2, default=str) + "\n"
     known, ours = read_json(path) if path.exists() else {}, json.loads(text)
-    if other := [key for key in {**known, **ours} if known and known.get(key) != ours.get(key)]:
+    keys = [key for key in {**known, **ours} if known and key != PATHS]
+    if other := [key for key in keys if known.get(key) != ours.get(key)]:
         raise ResumeError(
             f"{folder} holds results of another configuration (see {', '.join(other)} in "
             f"{SETTINGS} there): choose another --output_dir"
@@ -52,19 +75,32 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return names | (read_json(file) if file.exists() else {})
 
 
-def read_json(path: Path, text: bytes | None = None, line: int = 1) -> dict[str, Any]:
-    """The object in a file, or in a line of it; ResultsError names both. NaN becomes None."""
+def read_json(
+    path: Path, text: bytes | None = None, line: int = 1, needed: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The object in a file, or in a line of it; NaN becomes None.
+
+    Raises ResultsError with file and line when it is none or lacks a `needed` key.
+    """
     try:
         content = path.read_bytes() if text is None else text
-        return json.loads(content, parse_constant=lambda _: None)
+        found = json.loads(content, parse_constant=lambda _: None)
     except ValueError as error:
         raise ResultsError(f"{path}:{line}: {error}; was the run killed that writes it?") from error
+    if not isinstance(found, dict) or (missing := [key for key in needed if key not in found]):
+        what = ", ".join(missing) if isinstance(found, dict) else "object"
+        raise ResultsError(f"{path}:{line}: no {what}: not written by the batch inference?")
+    return found
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
     path = folder / RESULTS
     lines = enumerate(path.read_bytes().splitlines(), start=1)
-    return [read_json(path, text, line) for line, text in lines]
+    return [read_json(path, text, line, ("sample_id",)) for line, text in lines]
+
+
+def read_statistics(folder: Path) -> dict[str, Any]:
+    return read_json(folder / STATISTICS, needed=("overall", "by_task_type"))
 
 
 def write_table(

@@ -10,11 +10,10 @@ the number of processes, or on what was done before.
 """
 
 import fcntl
-import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,13 +26,23 @@ from rich.progress import track
 from data.images import read_image
 from data.records import IMAGE_TAG, Record, RecordError, parse_record
 from data.scores import references
+from data.tasks import require_sizes
 from modeling.bagel.generation import SamplingConfig, TextConfig
-from modeling.pretrained import MANIFEST
 
 from .metrics import PROTOCOL, measure_all
 from .perceptual import Lpips
 from .restorer import PromptStyle, Restoration, Restorer
-from .results import RESULTS, STATISTICS, ResumeError, claim, read_json, replace_text
+from .results import (
+    PATHS,
+    RESULTS,
+    STATISTICS,
+    ResumeError,
+    claim,
+    digest,
+    mark_of,
+    read_json,
+    replace_text,
+)
 from .shards import ALONE, Processes
 from .summary import summarise
 from .text_metrics import text_numbers
@@ -67,6 +76,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} is less than 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} is not in [0, 2^63)")
         if missing := {"psnr", "ssim"} - {*self.metrics}:
             raise ValueError(f"metrics: {sorted(missing)} are always measured: name them too")
 
@@ -80,9 +91,8 @@ def run(restorer: Restorer, config: RunConfig, processes: Processes = ALONE) -> 
     annotations = config.annotation_file.read_bytes()
     numbered = enumerate(annotations.split(b"\n"), start=1)
     lines = [(f"{config.annotation_file}:{n}", line) for n, line in numbered if line.strip()]
-    if config.num_samples >= 0:
-        lines = lines[: config.num_samples]
-    if not lines:
+    samples = _samples(lines if config.num_samples < 0 else lines[: config.num_samples])
+    if not samples:
         raise ValueError(f"{config.annotation_file}: no sample")
 
     lock = ExitStack()
@@ -90,10 +100,16 @@ def run(restorer: Restorer, config: RunConfig, processes: Processes = ALONE) -> 
     def begin() -> dict[int, Result]:
         lock.enter_context(_locked(config.output_dir))
         _claim_folder(restorer, config, annotations)
-        return _merged(config.output_dir)
+        found, root = _merged(config.output_dir), config.image_root
+        # Of images that have changed since, there is no result yet.
+        return {
+            i: found[i]
+            for i, sample in enumerate(samples)
+            if i in found and ("error" in found[i] or found[i]["images"] == sample.digest(root))
+        }
 
     with lock:
-        return _run(restorer, config, processes, lines, processes.first_says(begin))
+        return _run(restorer, config, processes, samples, processes.first_says(begin))
 
 
 @contextmanager
@@ -112,12 +128,12 @@ def _run(
     restorer: Restorer,
     config: RunConfig,
     processes: Processes,
-    lines: list[tuple[str, bytes]],
+    samples: "list[_Sample]",
     done: dict[int, Result],
 ) -> dict[str, Any]:
     lpips = Lpips(config.lpips_weights) if config.lpips_weights else None
-    batch = _Batch(restorer, config, _samples(lines), lpips)
-    units = _units(len(lines), config.batch_size * BATCHES_PER_UNIT, done)
+    batch = _Batch(restorer, config, samples, lpips)
+    units = _units(len(samples), config.batch_size * BATCHES_PER_UNIT, done)
     console = Console(stderr=True)
     hidden = processes.rank > 0 or not console.is_terminal
     own = units[processes.rank :: processes.count]
@@ -148,22 +164,20 @@ def _units(count: int, size: int, done: dict[int, Result]) -> list[list[int]]:
 
 
 def _claim_folder(restorer: Restorer, config: RunConfig, annotations: bytes) -> None:
-    """`claim` with everything that changes a result.
-
-    Checkpoint and test set count by content, so that a changed file at an old path is noticed.
-    """
+    """`claim` with everything that changes a result; files count by content, not by place."""
     folder, task = Path(restorer.report.folder), restorer.task
-    manifest = folder / MANIFEST
-    contents = manifest.read_bytes() if manifest.exists() else b"", annotations
-    digests = [hashlib.sha256(content).hexdigest()[:16] for content in contents]
     model_id, step = identity(folder)
     settings = asdict(config) | {
-        "checkpoint": f"{restorer.report} (manifest {digests[0]}, test set {digests[1]})",
+        "checkpoint": mark_of(restorer.report),
+        "dtype": str(restorer.model.dtype).removeprefix("torch."),
         "model_id": model_id,
         "step": step,
+        "test_set": digest(annotations),
         "split": config.annotation_file.stem,
         "resize_rules": [asdict(rule) for rule in (task.vae_rule, task.vit_rule)],
     }
+    names = ("annotation_file", "image_root")
+    settings[PATHS] = {"checkpoint": folder} | {name: settings.pop(name) for name in names}
     # These change no result, but for the rounding of matrix products.
     for name in ("output_dir", "num_samples", "batch_size"):
         del settings[name]
@@ -192,9 +206,7 @@ def _merged(folder: Path) -> dict[int, Result]:
     for path in (folder / RESULTS, *parts):
         text = path.read_bytes() if path.exists() else b""
         for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), start=1):
-            result = read_json(path, line, number)
-            if not isinstance(result.get("sample_id"), int):
-                raise ValueError(f"{path}:{number}: no sample_id: remove the line to restore anew")
+            result = read_json(path, line, number, ("sample_id", "images"))
             results[result["sample_id"]] = result
     kept = "".join(json.dumps(results[i]) + "\n" for i in sorted(results))
     replace_text(folder / RESULTS, kept)
@@ -208,18 +220,29 @@ class _Sample:
     """One line of the test set, or why it is none."""
 
     record: Record | None
-    error: str
-    stem: str
+    said: Mapping[str, Any]
+    """Of the line, as far as it can be read."""
+    error: str = ""
+    stem: str = ""
     """Of its images, relative to the output folder; no other sample has the same."""
+
+    def digest(self, root: Path) -> str:
+        """Of its images; those that are not there count as empty."""
+        refs = (*self.record.inputs, *self.record.outputs) if self.record else ()
+        paths = [root / ref.path for ref in refs]
+        return digest(*(path.read_bytes() if path.is_file() else b"" for path in paths))
 
 
 def _samples(lines: Sequence[tuple[str, bytes]]) -> list[_Sample]:
     samples, taken = [], set()
     for i, (source, line) in enumerate(lines):
+        said: Any = None
         try:
             record = parse_record(line, source)
         except RecordError as error:
-            samples.append(_Sample(None, _told(error), ""))
+            with suppress(ValueError):
+                said = json.loads(line)
+            samples.append(_Sample(None, said if isinstance(said, dict) else {}, _told(error)))
             continue
         name = Path(record.input_image)
         folder = Path("images", *(p for p in name.parent.parts if p not in ("/", "..")))
@@ -227,7 +250,7 @@ def _samples(lines: Sequence[tuple[str, bytes]]) -> list[_Sample]:
         while stem in taken:  # another sample restores the same image
             stem += f"_{i}"
         taken.add(stem)
-        samples.append(_Sample(record, "", stem))
+        samples.append(_Sample(record, record.raw, stem=stem))
     return samples
 
 
@@ -277,9 +300,11 @@ class _Batch:
             )
         if not record.instruction:
             raise RecordError(f"{record.source}: the instruction is empty")
-        return _Pair(
-            record, *(read_image(root / p) for p in (record.input_image, record.output_image))
-        )
+        paths = record.input_image, record.output_image
+        degraded, truth = (read_image(root / path) for path in paths)
+        rule = self.restorer.task.vae_rule
+        require_sizes(record.source, rule, degraded.size, truth.size)
+        return _Pair(record, degraded, truth)
 
     def _restorations(
         self, pairs: dict[int, _Pair], errors: dict[int, str]
@@ -346,15 +371,15 @@ class _Batch:
         }
 
     def _result(self, i: int, numbers: Result | None, error: str | None) -> Result:
-        record = self.samples[i].record
-        copied: Result = {}
+        sample, record = self.samples[i], self.samples[i].record
+        copied: Result = {key: sample.said.get(key) for key in COPIED}
         if record:
-            copied = {key: record.raw.get(key) for key in COPIED}
             # In one form, however the test set names them: samples are compared by these.
             for key, refs in (("input_img", record.inputs), ("output_img", record.outputs)):
                 copied[key] = [{"path": ref.path} for ref in refs]
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        result = {"sample_id": i, "timestamp": now, **copied}
+        images = sample.digest(self.config.image_root)
+        result = {"sample_id": i, "timestamp": now, "images": images, **copied}
         return result | (numbers if numbers is not None else {"error": error})
 
 

@@ -100,7 +100,8 @@ def paired(a: Sequence[Result], b: Sequence[Result], number: str = "psnr") -> Pa
             raise ValueError(f"the test sets differ: sample {i} is {inputs[0]} and {inputs[1]}")
     pairs = [(rows_a[i], rows_b[i]) for i in rows_a]
     good = [pair for pair in pairs if not any("error" in r for r in pair)]
-    known(number, {key: None for pair in good for r in pair for key in r}, "number")
+    numbers = {k for pair in good for r in pair for k, v in r.items() if isinstance(v, int | float)}
+    known(number, sorted(numbers), "number")
     measured = [pair for pair in good if any(number in r for r in pair)]
     if not all(number in r for pair in measured for r in pair):
         raise ValueError(f"{number} stands in one run alone: measure both by the same protocols")

@@ -16,7 +16,6 @@ import ast
 import base64
 import csv
 import difflib
-import hashlib
 import json
 import re
 from collections import Counter
@@ -30,12 +29,13 @@ from rich.progress import track
 
 from data.images import read_image
 from modeling.bagel.generation import TextConfig
-from modeling.pretrained import MANIFEST
 
 from .restorer import Restorer
-from .results import claim, command
+from .results import claim, command, digest, mark_of
 
 Row = dict[str, str]
+Request = tuple[list[Image.Image], str]
+"""Images and prompt."""
 REQUEST = "Answer with the letter of the correct option only."
 MAX_REFERENCE = 64
 """Longest `image` cell that is the index of another row; encoded images are longer."""
@@ -86,7 +86,7 @@ def options(row: Row) -> dict[str, str]:
     return {name: text for name, text in row.items() if re.fullmatch("[A-Z]", name) and text}
 
 
-def request(row: Row, rows: dict[str, Row], folder: Path) -> tuple[list[Image.Image], str]:
+def request(row: Row, rows: dict[str, Row], folder: Path) -> Request:
     """Images and prompt of a row, see `images`; raises ValueError that names the column."""
     if row.get("") or not row["question"].strip():
         raise ValueError("question: empty, or a tab stands in a cell without quotes")
@@ -95,7 +95,7 @@ def request(row: Row, rows: dict[str, Row], folder: Path) -> tuple[list[Image.Im
     try:
         if not (found := [*images(row, rows, folder)]):
             raise ValueError("the row has none")
-    except (ValueError, TypeError, SyntaxError) as error:
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
         raise ValueError(f"image: {error}") from error
     hint = [f"Hint: {row['hint']}"] if row.get("hint") else []
     choices = [f"{letter}. {text}" for letter, text in options(row).items()]
@@ -130,7 +130,7 @@ def run(
     Raises ValueError when `output_dir` holds answers by other settings.
     """
     rows, model = read_rows(tsv), _claim_folder(restorer, tsv, output_dir, text)
-    log, asked = output_dir / "answers.jsonl", list[int]()
+    log = output_dir / "answers.jsonl"
     # A line that a kill cut off does not count; a failed row is tried again.
     lines = log.read_text().split("\n")[:-1] if log.exists() else []
     done = {place: found for place, found in map(json.loads, lines) if not found["error"]}
@@ -143,8 +143,8 @@ def run(
             done[place] = {"prediction": prediction, "error": error}
             file.write(json.dumps([place, done[place]]) + "\n")
 
-        def requests() -> Iterator[tuple[list[Image.Image], str]]:
-            for place in todo:
+        def requests(places: list[int], asked: list[int]) -> Iterator[Request]:
+            for place in places:
                 try:
                     wanted = request(rows[place], by_index, tsv.parent)
                 except ValueError as error:
@@ -153,9 +153,23 @@ def run(
                     asked.append(place)
                     yield wanted
 
-        answers = restorer.answers(requests(), text, batch_size=batch_size)
-        for i, answer in track(answers, total=len(todo)):
-            record(asked[i], answer)
+        def ask(places: list[int], batch_size: int) -> Iterator[int]:
+            """Where a batch fails, its questions go on alone."""
+            asked = list[int]()
+            answers = restorer.answers(requests(places, asked), text, batch_size=batch_size)
+            try:
+                for i, answer in answers:
+                    record(asked[i], answer)
+                    yield asked[i]
+            except (ValueError, RuntimeError, OSError) as error:
+                if len(places) == 1:
+                    record(places[0], error=f"{type(error).__name__}: {error}")
+                    return
+                for place in places:
+                    yield from ask([place] if place not in done else [], 1)
+
+        for _ in track(ask(todo, batch_size), total=len(todo)):
+            pass
     rows = [row | done[place] for place, row in enumerate(rows)]
     with (output_dir / f"{model}_{tsv.stem}.tsv").open("w", newline="", encoding="utf-8") as sheet:
         columns = [name for name in rows[0] if name not in ("image", "")]
@@ -168,10 +182,10 @@ def run(
 def _claim_folder(restorer: Restorer, tsv: Path, output_dir: Path, text: TextConfig) -> str:
     """Name of the model; `claim` with what changes an answer."""
     folder = Path(restorer.report.folder).resolve()
-    files = [file for file in (folder / MANIFEST, tsv) if file.exists()]
     settings = {
-        "checkpoint": str(restorer.report),
-        "sha256": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
+        "checkpoint": mark_of(restorer.report),
+        "dtype": str(restorer.model.dtype).removeprefix("torch."),
+        "questions": digest(tsv.read_bytes()),
         "text": vars(text),
         "request": REQUEST,
     }

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from data.transforms import ResizeRule
 from inference_pipeline.metrics import scores
@@ -152,6 +154,56 @@ def test_other_settings_do_not_share_a_folder(restorer, pairs, tmp_path):
     for changes in ({"seed": 7}, {"sampling": SamplingConfig(num_timesteps=3)}):
         with pytest.raises(ResumeError, match="another configuration"):
             run(restorer, config(pairs, tmp_path, **changes))
+
+
+def test_a_folder_is_of_one_content_wherever_it_lies(restorer, pairs, tmp_path):
+    """Weights without a manifest, another dtype; but neither paths nor a copy of the same files."""
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "bare" / "checkpoint")
+    (folder / "manifest.json").unlink()
+    bare = Restorer.load(folder)
+    for name, model in (("manifest", restorer), ("bare", bare)):
+        output = tmp_path / name
+        run(model, config(pairs, output, num_samples=1))
+        before = results(output)
+        root = shutil.copytree(pairs, tmp_path / f"moved_{name}")
+        moved = config(root, output, num_samples=1)
+        run(model, moved)
+        assert results(output) == before
+        wide = Restorer.load(model.report.folder, dtype=torch.float32)
+        with pytest.raises(ResumeError, match="see dtype in settings.json"):
+            run(wide, moved)
+    weights = folder / "ema.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {"llm2vae.bias": tensors["llm2vae.bias"] / 2}, weights)
+    with pytest.raises(ResumeError, match="see checkpoint in settings.json"):
+        run(Restorer.load(folder), config(pairs, tmp_path / "bare", num_samples=1))
+
+
+def test_samples_whose_images_have_changed_are_restored_anew(restorer, pairs, tmp_path):
+    root = shutil.copytree(pairs, tmp_path / "pairs")
+    run(restorer, config(root, tmp_path / "out"))
+    before = results(tmp_path / "out")
+    truth = root / before[1]["output_img"][0]["path"]
+    Image.new("L", Image.open(truth).size, 90).save(truth)
+    run(restorer, config(root, tmp_path / "out"))
+    after = results(tmp_path / "out")
+    changed = [a["psnr"] != b["psnr"] for a, b in zip(after, before, strict=True)]
+    sharing = [r["output_img"] == before[1]["output_img"] for r in before]
+    assert changed == sharing and changed[1] and not all(changed)
+
+
+def test_a_truth_of_another_shape_is_an_error_of_its_task(restorer, pairs, tmp_path):
+    root = shutil.copytree(pairs, tmp_path / "pairs")
+    lines = [json.loads(x) for x in (root / "test.jsonl").read_text().splitlines()[:2]]
+    Image.new("L", (40, 112)).save(root / "narrow.png")
+    lines[0]["output_img"] = [{"path": "narrow.png"}]
+    del lines[1]["message"]
+    (root / "test.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    statistics = run(restorer, config(root, tmp_path / "out"))
+    errors = [r["error"] for r in results(tmp_path / "out")]
+    assert "the target must have the input's shape" in errors[0] and "message" in errors[1]
+    tasks = {x["main_task_type"] for x in lines}
+    assert {*statistics["by_task_type"]} == tasks
 
 
 def test_an_image_depends_on_its_seed_alone(restorer, pairs):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from data.packer import TextSegment, VitSegment
@@ -51,20 +52,29 @@ def read(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
 
 
+class Killed(BaseException):
+    """No error that a run may catch."""
+
+
 class Asked:
     """Echoes questions in place of a model, the last first; keeps what it was asked."""
 
     def __init__(self, folder: Path = CHECKPOINT, dies_at: int = -1):
-        self.report = SimpleNamespace(folder=str(folder))
+        self.report = SimpleNamespace(folder=str(folder), weights="ema")
+        self.model = SimpleNamespace(dtype=torch.float32)
         self.dies_at, self.requests = dies_at, []
 
     def answers(self, requests, text, batch_size=8):
-        for request in requests:
-            self.requests.append(request)
-        for place in reversed(range(len(self.requests))):
+        first = len(self.requests)
+        self.requests += requests
+        if batch_size > 2:
+            raise RuntimeError("out of memory")
+        for place in reversed(range(len(self.requests) - first)):
             if place == self.dies_at:
-                raise RuntimeError("out of memory")
-            yield place, self.questions[place]
+                raise Killed
+            if self.questions[first + place] == "too long":
+                raise RuntimeError("no room")
+            yield place, self.questions[first + place]
 
     @property
     def questions(self) -> list[str]:
@@ -192,7 +202,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     rows = [image | {"index": i, "question": f"q{i}"} | CHOICES for i in range(6)]
     rows[2] |= {"image": "", "image_path": "late.png"}
     tsv, output = write(tmp_path / "q.tsv", rows), tmp_path / "out"
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(Killed):
         run(Asked(dies_at=1), tsv, output, SHORT)  # q5, q4 and q3 are answered
     log = output / "answers.jsonl"
     log.write_text(log.read_text()[:-10])
@@ -208,6 +218,18 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert len(log.read_text().splitlines()) == 6
 
 
+def test_a_batch_that_fails_goes_on_one_by_one(tmp_path):
+    texts = ["q0", "too long", "q2", "q3"]
+    rows = [{"index": i, "image": encoded(picture(i)), "question": q} for i, q in enumerate(texts)]
+    rows[3]["image"] = "[" + "-" * 100000 + "1]"
+    tsv, asked = write(tmp_path / "q.tsv", rows), Asked()
+    table = run(asked, tsv, tmp_path / "out", SHORT, batch_size=3)
+    assert [row["prediction"] for row in table] == ["q0", "", "q2", ""]
+    assert [row["error"] for row in table[:3]] == ["", "RuntimeError: no room", ""]
+    assert table[3]["error"].startswith("image: ")
+    assert asked.questions == ["q0", "too long", "q2", "q0", "too long", "q2"]
+
+
 def test_other_settings_do_not_share_a_folder(tmp_path):
     rows = [{"index": 0, "image": encoded(picture(0)), "question": "q"}]
     tsv, output = write(tmp_path / "q.tsv", rows), tmp_path / "out"
@@ -220,7 +242,7 @@ def test_other_settings_do_not_share_a_folder(tmp_path):
         with pytest.raises(ValueError, match=rf"see .*{name}.* in settings.json.*--output_dir"):
             run(model, tsv, output, text)
     write(tsv, [rows[0] | {"question": "another"}])
-    with pytest.raises(ValueError, match="see sha256 in settings.json"):
+    with pytest.raises(ValueError, match="see questions in settings.json"):
         run(Asked(), tsv, output, SHORT)
     assert json.loads((output / "settings.json").read_text()) == before
 
