@@ -117,14 +117,15 @@ def prepared(scan: Scan, args: argparse.Namespace) -> Scan:
 
 
 def _resampled(image: np.ndarray, spacing: tuple[float, ...], mm: float) -> np.ndarray:
-    """Means over areas where pixels become larger, else bicubic."""
+    """(H, W) or (H, W, 3): means over areas where pixels become larger, else bicubic."""
     if np.allclose(spacing, mm, rtol=1e-3):
         return image
     method = Image.Resampling.BOX if mm >= max(spacing) else Image.Resampling.BICUBIC
-    height, width = (int(n * s / mm) for n, s in zip(image.shape, spacing, strict=True))
+    height, width = (int(n * s / mm) for n, s in zip(image.shape[:2], spacing, strict=True))
     box = (0, 0, width * mm / spacing[1], height * mm / spacing[0])
-    picture = Image.fromarray(image).resize((width, height), method, box)
-    return np.asarray(picture).clip(0.0, 1.0)
+    planes = image.reshape(*image.shape[:2], -1).transpose(2, 0, 1)
+    resized = [Image.fromarray(plane).resize((width, height), method, box) for plane in planes]
+    return np.stack(resized, axis=-1).reshape(height, width, *image.shape[2:]).clip(0.0, 1.0)
 
 
 def require_trainable(shape: tuple[int, ...], args: argparse.Namespace) -> None:

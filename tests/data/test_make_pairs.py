@@ -405,6 +405,29 @@ def test_folders_of_images(tmp_path, capsys):
     assert [len(lines) for lines in found.values()] == [4, 4, 4]
 
 
+def test_colours_are_resampled_as_greys_are(tmp_path):
+    rows, columns = np.mgrid[:64, :64]
+    ramps = np.stack([40 + 3 * rows, 240 - 3 * columns, 20 + rows + 2 * columns], axis=-1)
+    known = {"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3, "PlanarConfiguration": 0}
+    known |= {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}
+    whole = "--val", 0, "--test", 0, "--degrade", "blur:0.5"
+
+    def shown(name: str, spacing: list[float], *options: object) -> np.ndarray:
+        ds = dataset(rows, PatientID="Roe", PixelSpacing=spacing, **known)
+        ds.PixelData = ramps.astype(np.uint8).tobytes()
+        path, out = written(ds, tmp_path / f"{name}.dcm"), tmp_path / name
+        (record,) = made(path, "--out", out, *whole, *options)["train"]
+        return pixels(out, record["output_img"])
+
+    means = ramps.reshape(32, 2, 32, 2, 3).mean((1, 3))
+    assert np.abs(shown("coarse", [0.5, 0.5], "--spacing", 1) - means).max() <= 0.5
+    # 64 rows of 0.5 mm are 80 of 0.4 mm; a ramp has its value at the middle of every pixel.
+    square, y = shown("square", [0.5, 0.4]), (np.arange(80) + 0.5) * 0.4 / 0.5 - 0.5
+    expected = np.stack([np.interp(y, rows[:, 0], c) for c in ramps.reshape(64, -1).T], axis=-1)
+    assert square.shape == (80, 64, 3)
+    assert np.abs(square - expected.reshape(80, 64, 3))[3:-3].max() <= 0.51
+
+
 def test_pairs_that_training_refuses_are_not_written(tmp_path):
     path, out = brain(tmp_path / "v.nii.gz", slices=3), tmp_path / "set"
     whole = "--val", 0, "--test", 0, "--spacing", 0.125
