@@ -3,9 +3,9 @@
     python scripts/tools/make_pairs.py brain.nii.gz --degrade mri_noise:0.2-0.8 --out pairs/brain
 
 A source is a NIfTI file, a DICOM file, or a folder with NIfTI files, DICOM series or images; the
-images of one folder are one volume, in the order of their names. Written are PNG images,
-`train.jsonl`, `val.jsonl`, `test.jsonl` and `mixture.yaml` for --dataset_config_file. Equal
-arguments write equal files.
+images of one folder are one volume, in the order of their names, 2 before 10. Written are PNG
+images, `train.jsonl`, `val.jsonl`, `test.jsonl` and `mixture.yaml` for --dataset_config_file.
+Equal arguments write equal files.
 
 All slices of a patient go into one part. A single volume is cut along its slices into slabs with
 gaps between them that belong to none. Slices that are nearly black are left out.
@@ -370,7 +370,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--patient",
         type=pattern,
         metavar="REGEX",
-        help=r"its first group is the patient in a file's path, as (IXI\d+); default: that of BIDS",
+        help=r"its first group is the patient in a file's path, as (IXI\d+), whatever PatientID a "
+        "DICOM file states; default: PatientID, else the subject of BIDS",
     )
     add(
         "--val", type=float, default=0.1, help="share of patients, of slices if there is one volume"
