@@ -28,8 +28,6 @@ PERCENTILES = (0.5, 99.5)
 GAP = 1.5
 """Slices that are this many times as far apart as most have others missing between them."""
 COLOURS = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
-MM = {1: 1000.0, 3: 0.001}
-"""In NIfTI's metres and microns, by the low three bits of `xyzt_units`; all else counts as mm."""
 DISPLAY = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
 """Which of the axes right, anterior, superior are slices, rows and columns."""
 # What readers raise over damaged files.
@@ -340,7 +338,7 @@ def _sliced(image: Any, axis: Axis, volume: int, value_range: Range | None) -> S
         value_range = value_range or (low, high)
     orientation = nibabel.io_orientation(image.affine)
     zooms = dict(zip(orientation[:, 0], header.get_zooms(), strict=False))
-    mm = MM.get(int(header["xyzt_units"]) % 8, 1.0)
+    mm = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) % 8, 1.0)  # metres, microns, else mm
     raw = nibabel.apply_orientation(raw.reshape(*raw.shape, *(1,) * (3 - raw.ndim)), orientation)
     order = DISPLAY[axis]
     return Scan(
