@@ -338,10 +338,11 @@ def _sliced(image: Any, axis: Axis, volume: int, value_range: Range | None) -> S
         value_range = value_range or (low, high)
     orientation = nibabel.io_orientation(image.affine)
     zooms = dict(zip(orientation[:, 0], header.get_zooms(), strict=False))
+    mm = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) % 8, 1.0)  # metres, microns, else mm
     raw = nibabel.apply_orientation(raw.reshape(*raw.shape, *(1,) * (3 - raw.ndim)), orientation)
     order = DISPLAY[axis]
     return Scan(
         values=raw.transpose(order)[:, ::-1, ::-1],
         value_range=value_range or _brightness(raw),
-        spacing=tuple(float(zooms.get(i, 1.0)) for i in order),
+        spacing=tuple(float(zooms.get(i, 1.0)) * mm for i in order),
     )

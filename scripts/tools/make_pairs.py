@@ -3,9 +3,9 @@
     python scripts/tools/make_pairs.py brain.nii.gz --degrade mri_noise:0.2-0.8 --out pairs/brain
 
 A source is a NIfTI file, a DICOM file, or a folder with NIfTI files, DICOM series or images; the
-images of one folder are one volume, in the order of their names. Written are PNG images,
-`train.jsonl`, `val.jsonl`, `test.jsonl` and `mixture.yaml` for --dataset_config_file. Equal
-arguments write equal files.
+images of one folder are one volume, in the order of their names, 2 before 10. Written are PNG
+images, `train.jsonl`, `val.jsonl`, `test.jsonl` and `mixture.yaml` for --dataset_config_file.
+Equal arguments write equal files.
 
 All slices of a patient go into one part. A single volume is cut along its slices into slabs with
 gaps between them that belong to none. Slices that are nearly black are left out.
@@ -117,14 +117,15 @@ def prepared(scan: Scan, args: argparse.Namespace) -> Scan:
 
 
 def _resampled(image: np.ndarray, spacing: tuple[float, ...], mm: float) -> np.ndarray:
-    """Means over areas where pixels become larger, else bicubic."""
+    """(H, W) or (H, W, 3): means over areas where pixels become larger, else bicubic."""
     if np.allclose(spacing, mm, rtol=1e-3):
         return image
     method = Image.Resampling.BOX if mm >= max(spacing) else Image.Resampling.BICUBIC
-    height, width = (int(n * s / mm) for n, s in zip(image.shape, spacing, strict=True))
+    height, width = (int(n * s / mm) for n, s in zip(image.shape[:2], spacing, strict=True))
     box = (0, 0, width * mm / spacing[1], height * mm / spacing[0])
-    picture = Image.fromarray(image).resize((width, height), method, box)
-    return np.asarray(picture).clip(0.0, 1.0)
+    planes = image.reshape(*image.shape[:2], -1).transpose(2, 0, 1)
+    resized = [Image.fromarray(plane).resize((width, height), method, box) for plane in planes]
+    return np.stack(resized, axis=-1).reshape(height, width, *image.shape[2:]).clip(0.0, 1.0)
 
 
 def require_trainable(shape: tuple[int, ...], args: argparse.Namespace) -> None:
@@ -369,7 +370,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--patient",
         type=pattern,
         metavar="REGEX",
-        help=r"its first group is the patient in a file's path, as (IXI\d+); default: that of BIDS",
+        help=r"its first group is the patient in a file's path, as (IXI\d+), whatever PatientID a "
+        "DICOM file states; default: PatientID, else the subject of BIDS",
     )
     add(
         "--val", type=float, default=0.1, help="share of patients, of slices if there is one volume"

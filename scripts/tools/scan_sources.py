@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,8 @@ class Source:
     files: list[Path]
     read: Callable[[], list[Callable[[], Scan]]]
     """Gives what gives its slices (H, W) or (H, W, 3), in order; both raise ImageError."""
+    patient_id: str = ""
+    """Hash of the PatientID of a DICOM file."""
 
     def where(self, index: int) -> str:
         """A slice, for messages."""
@@ -49,6 +51,13 @@ class Source:
 class _Owner:
     patient: str
     ground: Ground
+    patient_id: str = field(default="", compare=False)
+
+
+def natural(path: Path) -> tuple[list[list[str | int]], Path]:
+    """Sorts paths by name, runs of digits as numbers: slice_10 comes after slice_9."""
+    parts = [re.split(r"(\d+)", part) for part in path.parts]
+    return [[int(w) if i % 2 else w for i, w in enumerate(words)] for words in parts], path
 
 
 def find_sources(
@@ -56,17 +65,17 @@ def find_sources(
 ) -> Iterator[Source]:
     """NIfTI files, DICOM series, and folders of images below a folder, or one file.
 
-    A patient goes by the DICOM file; else by what the pattern `patient` (its first group) finds in
-    the path from `root` on, without one BIDS below `root`; else by the study (DICOM), the file
-    (NIfTI) or the first folder below `root`, of which an end that is CONTRAST is taken off.
-    `series` is a UID or a part of a description; `options` are those of `read_scan`. Raises
-    ImageError without `root`.
+    A patient goes by what the pattern `patient` (its first group) finds in the path from `root` on;
+    else by the PatientID (DICOM); without a pattern by BIDS below `root`; else by the study
+    (DICOM), the file (NIfTI) or the first folder below `root`, of which an end that is CONTRAST is
+    taken off. `series` is a UID or a part of a description; `options` are those of `read_scan`.
+    Images are in `natural` order. Raises ImageError without `root`.
     """
-    files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
+    files = [p for p in root.rglob("*") if p.is_file()] if root.is_dir() else [root]
     groups: dict[tuple[str, _Owner, str], list[Path]] = defaultdict(list)
     bad: list[ImageError] = []
     lost: list[Path] = []
-    for path in files:
+    for path in sorted(files, key=natural):
         kind = file_kind(path)
         place = path.relative_to(root if root.is_dir() else root.parent)
         if kind == "image" and path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -79,7 +88,7 @@ def find_sources(
             groups[kind, owner, stem].append(path)
         elif kind == "dicom":
             try:
-                identity = _dicom_identity(path, series, known)
+                identity = _dicom_identity(path, series, known, bool(patient))
             except ImageError as error:
                 bad.append(error)
                 continue
@@ -92,7 +101,7 @@ def find_sources(
             owner = known or _plain(folders, root, 1)
             own = [known.patient] if known and known.patient not in "/".join(folders) else []
             groups[kind, owner, "_".join([*folders, *own])].append(path)
-        if patient and owner.ground not in ("path", "PatientID"):
+        if patient and owner.ground != "path":
             lost.append(path)
     if bad:
         print(f"left out: {len(bad)} DICOM files, the first is {bad[0]}")
@@ -101,7 +110,7 @@ def find_sources(
     for (kind, owner, name), members in groups.items():
         read = partial(_images if kind == "image" else _slices, members, options)
         title = re.sub(r"[^\w.-]+", "_", name)
-        yield Source(title, owner.patient, owner.ground, kind, members, read)
+        yield Source(title, owner.patient, owner.ground, kind, members, read, owner.patient_id)
 
 
 def _in_path(pattern: str, path: Path) -> _Owner | None:
@@ -121,8 +130,11 @@ def warn_of_patients(found: Iterable[Source]) -> None:
     """Prints where patients are taken from less than a file's word or a pattern."""
     scans: dict[str, list[Source]] = defaultdict(list)
     unnamed: dict[str, list[Path]] = defaultdict(list)
+    owners: dict[str, set[str]] = defaultdict(set)
     for source in found:
         scans[source.patient].append(source)
+        if source.patient_id:
+            owners[source.patient_id].add(source.patient)
         if source.kind == "dicom" and source.ground not in ("PatientID", "path"):
             unnamed[source.ground] += source.files
     merged = [s for s in scans.values() if len(s) > 1 and any(x.ground == "contrast" for x in s)]
@@ -130,15 +142,21 @@ def warn_of_patients(found: Iterable[Source]) -> None:
         names = ", ".join(source.name for source in merged[0])
         print(f"WARNING: names that differ in a contrast alone are one patient: {names}")
         print(f"  and {len(merged) - 1} more patients. Name patients by --patient if they are not.")
+    if parted := [len(patients) for patients in owners.values() if len(patients) > 1]:
+        print(f"WARNING: --patient divides {len(parted)} of the PatientIDs, the first among")
+        print(f"  {parted[0]} patients. That is right only where a PatientID stands for several.")
     for ground, files in unnamed.items():
         print(f"WARNING: {len(files)} DICOM files without PatientID, the first is {min(files)}:")
         print(f"  each {ground} counts as a patient, whoever it shows. Name patients by --patient.")
 
 
 def _dicom_identity(
-    path: Path, chosen: str | None, known: _Owner | None
+    path: Path, chosen: str | None, known: _Owner | None, asked: bool
 ) -> tuple[_Owner, str] | None:
-    """Patient and name, of hashes; None for another series than the chosen one."""
+    """Patient and name, of hashes but for what is known by the path; None for another series.
+
+    Where that is what the user `asked` for, it stands above PatientID.
+    """
     header = dicom_header(path)
     uid = str(header.get("SeriesInstanceUID", path.parent))
     title = str(header.get("SeriesDescription", ""))
@@ -146,16 +164,23 @@ def _dicom_identity(
         return None
     if int(header.get("NumberOfFrames") or 1) > 1:
         uid = str(header.get("SOPInstanceUID", path))
-    if stated := str(header.get("PatientID") or "").strip():
-        owner = _Owner(stated, "PatientID")
-    elif known:
+    stated = str(header.get("PatientID") or "").strip()
+    if known and (asked or not stated):
         owner = known
+    elif stated:
+        owner = _Owner(stated, "PatientID")
     elif study := header.get("StudyInstanceUID"):
         owner = _Owner(str(study), "StudyInstanceUID")
     else:
         owner = _Owner(str(path.parent), "folder")
-    hashes = [hashlib.sha256(text.encode()).hexdigest()[:10] for text in (owner.patient, uid)]
-    return replace(owner, patient=hashes[0]), "_".join(hashes)
+    hashes = [_hash(text) for text in (owner.patient, uid)]
+    # NIfTI files beside it that the pattern finds too are of the same patient.
+    patient = owner.patient if owner is known else hashes[0]
+    return _Owner(patient, owner.ground, _hash(stated) if stated else ""), "_".join(hashes)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def _slices(paths: list[Path], options: dict[str, Any]) -> list[Callable[[], Scan]]:

@@ -308,6 +308,16 @@ def test_slices_are_shown_as_radiologists_see_them(codes, tmp_path):
         read_scan(path, frame=7)
 
 
+def test_spacings_of_volumes_are_in_mm(tmp_path):
+    known = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001, 5: 1.0}  # 5 is no unit
+    for code, mm in known.items():
+        for seconds in (0, 8):
+            zooms = [side / mm for side in (0.5, 0.25, 2.0)]
+            units = {"xyzt_units": code + seconds}
+            path = nifti(np.ones((4, 5, 6), np.int16), tmp_path / "v.nii", "PIR", zooms, **units)
+            assert read_scan(path).spacing == pytest.approx((2.0, 0.25, 0.5)), code
+
+
 def test_ranges_of_volumes(tmp_path):
     rng = np.random.default_rng(0)
     values = rng.normal(300, 80, (6, 7, 8)).astype(np.float32)
