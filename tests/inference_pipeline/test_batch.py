@@ -18,7 +18,7 @@ from PIL import Image
 from data.scores import psnr_db
 from data.tasks import RestorationTask
 from data.transforms import ResizeRule
-from inference_pipeline.batch import main
+from inference_pipeline.batch import _print, main
 from inference_pipeline.devices import spread
 from inference_pipeline.restorer import THINK, Restorer
 from inference_pipeline.runner import ResumeError, RunConfig, identity, run
@@ -405,3 +405,18 @@ def test_both_dtypes_of_weights_give_an_image(pairs):
     found = half.restore(image, "Remove the noise.", **FAST)
     difference = np.asarray(found.image).astype(float) - np.asarray(full.image)
     assert np.abs(difference).mean() < 4  # of 255
+
+
+def test_equal_images_stand_beside_their_mean(capsys):
+    numbers = {
+        "psnr_mean": 30.0,
+        "ssim_mean": 0.9,
+        "psnr_input_mean": 180.0,
+        "ssim_input_mean": 0.8,
+    }
+    summary = numbers | {"total_samples": 6, "n_failed": 0, "n_equal_input": 1}
+    _print({"by_task_type": {"denoising": summary}}, ("medq",))
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line == (
+        "  denoising: 6 samples, 0 failed, restored 30.00/0.900, input 180.00/0.800 (1 equal)"
+    )

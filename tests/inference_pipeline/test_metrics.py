@@ -302,6 +302,13 @@ def test_an_extractor_is_no_pickle(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_an_extractor_of_another_shape():
+    image = Image.new("RGB", (8, 8))
+    for extractor in (torch.sum, torch.nn.Conv2d(1, 1, 3)):
+        with pytest.raises(ValueError, match=r"--extractor: not \(1, 3, H, W\) in, \(1, D\) out"):
+            features(extractor, [image])
+
+
 def test_numbers_of_texts_by_hand():
     same = text_numbers("Strong noise in the image.", "Strong noise in the image.")
     assert same["bleu"] == pytest.approx(100) and same["rouge_l"] == 1

@@ -71,7 +71,7 @@ def summary(psnr: float, n_failed: int = 0) -> dict:
     numbers = {"psnr": psnr, "psnr_input": 20.0, "psnr_ceiling": 40.0}
     numbers |= {"lpips": 1 / psnr, "lpips_input": 0.3, "standard:psnr": psnr + 1}
     numbers |= dict.fromkeys(TEXT_PROTOCOLS, psnr / 50)
-    summed = {"total_samples": 5, "n_failed": n_failed}
+    summed = {"total_samples": 5, "n_failed": n_failed, "n_equal_input": 2}
     for name, value in numbers.items():
         summed |= {f"{name}_mean": value, f"{name}_std": value / 10}
         summed[f"{name}_ci95"] = [value * 0.97, value * 1.02]
@@ -196,6 +196,17 @@ def test_what_no_report_can_be_made_of(tmp_path, capsys):
     (folder / "images" / "2_pred.png").rename(folder / "elsewhere.png")
     assert 2 not in [card["sample_id"] for card in data_of(folder)["samples"]]
     assert "sample 2 is left out" in capsys.readouterr().err
+    for name, text, what in (
+        ("results.jsonl", "5", "no object"),
+        ("results.jsonl", "{}", "no sample_id"),
+        ("statistics.json", "{}", "no overall, by_task_type"),
+    ):
+        path = folder / name
+        before = path.read_text()
+        path.write_text(text + "\n")
+        with pytest.raises(ResultsError, match=rf"run/{name}:1: {what}: not written by"):
+            find_runs([tmp_path])
+        path.write_text(before)
     (folder / "statistics.json").unlink()
     with pytest.raises(ResultsError, match="run: no statistics.json: let the batch inference"):
         find_runs([tmp_path])
@@ -306,6 +317,10 @@ def test_tables_mark_the_best(opened):
     best = tables.nth(0).locator(".best").all_inner_texts()
     assert best == ["29.00 ★[28.13, 29.58]", "31.00 ★[30.07, 31.62]"]
     assert tables.nth(1).locator(".best").all_inner_texts()[0].startswith("0.034 ★")
+    assert [table.locator("small", has_text="2 equal").count() for table in tables.all()[:2]] == [
+        6,
+        0,
+    ]
     rows = tables.nth(0).locator("tbody tr").all_inner_texts()
     assert [row.split("\t")[-1] for row in rows] == ["1 of 5"] * 3 + ["0 of 5"] * 3
     # One checkpoint of a test set is not the best of anything.

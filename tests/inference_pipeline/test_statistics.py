@@ -128,6 +128,8 @@ def test_what_cannot_be_paired():
         paired(a, a[:2])
     with pytest.raises(ValueError, match="did you mean 'psnr'"):
         paired(a, a, "pnsr")
+    with pytest.raises(ValueError, match="number 'input_img' is unknown"):
+        paired(a, a, "input_img")
     renamed = [{("amir:ssim" if k == "ssim" else k): v for k, v in r.items()} for r in a]
     with pytest.raises(ValueError, match="ssim stands in one run alone"):
         paired(a, renamed, "ssim")
