@@ -29,7 +29,7 @@ from inference_pipeline.metrics import (
     number_names,
     scores,
 )
-from inference_pipeline.perceptual import Lpips, fid, frechet_distance, load_extractor
+from inference_pipeline.perceptual import Lpips, features, fid, frechet_distance, load_extractor
 from inference_pipeline.text_metrics import text_numbers
 
 BOTH = ("psnr", "ssim")
