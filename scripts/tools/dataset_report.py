@@ -43,7 +43,7 @@ def write(
         table = csv.writer(file)
         table.writerow(["dataset", "file", "line", "reason", "message"])
         for dataset, source, reason, message in findings:
-            table.writerow([dataset, *source.rsplit(":", 1), reason, message])
+            table.writerow([checker.sets[dataset].name, *source.rsplit(":", 1), reason, message])
     contact_sheet(planner.datasets, args.num_pairs, args.data_seed).save(folder / SHEET)
     return f"{text}{len(findings)} findings: {folder / REPORT}, {TABLE}, {SHEET}"
 
@@ -51,8 +51,8 @@ def write(
 def summary(checker: Checker, findings: Sequence[Finding], lengths: Sequence[Counter[int]]) -> str:
     """Records, findings by reason and token lengths of every data set."""
     rows = [["data set", "records", "good", "tokens: least", "median", "95 %", "most", "findings"]]
-    for dataset, counts in zip(checker.sets, lengths, strict=True):
-        own = [found for found in findings if found.dataset == dataset.name]
+    for number, (dataset, counts) in enumerate(zip(checker.sets, lengths, strict=True)):
+        own = [found for found in findings if found.dataset == number]
         bad, reasons = len({found.source for found in own}), Counter(f.reason for f in own)
         tokens = np.repeat(sorted(counts), [counts[n] for n in sorted(counts)])
         of_tokens = np.quantile(tokens, (0, 0.5, 0.95, 1), method="higher") if counts else "----"

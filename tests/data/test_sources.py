@@ -118,7 +118,7 @@ def test_parquet_rows_at_a_url(captions):
     fsspec.filesystem("memory").put(f"{captions}/", "/rows", recursive=True)
     here, there = ParquetRecords(captions, FORM), ParquetRecords("memory://rows", FORM)
     assert [r.outputs[0].content for r in there] == [r.outputs[0].content for r in here]
-    assert there[8].source == "memory:///rows/b.parquet:2"
+    assert there[8].source == "memory://rows/b.parquet:2"
     assert len(ParquetRecords("memory://rows/a.parquet", FORM)) == 7
     assert len(pickle.loads(pickle.dumps(there))) == 11
 
