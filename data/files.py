@@ -4,6 +4,7 @@
 import io
 import posixpath
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import BadZipFile
@@ -37,11 +38,20 @@ def folder_of(where: Place, suffix: str = "") -> Place:
     return INSIDE.sub(lambda path: posixpath.dirname(path[0]), where, 1) if is_file else where
 
 
+@cache  # what it opens ends with it
+def _archive(url: str) -> Any:
+    return fsspec.core.url_to_fs(url)[0]
+
+
 def _system(where: Place) -> tuple[Any, Any]:
     """What has `exists` and `open`, and the path for these. Raises OSError without the package for
     a URL or where an archive is damaged, ValueError for an unknown scheme."""
     try:
-        return (Path, where) if isinstance(where, Path) else fsspec.core.url_to_fs(where)
+        if isinstance(where, Path):
+            return Path, where
+        if re.match("[^:]+://.*::", where):
+            return _archive(INSIDE.sub("", where, 1)), INSIDE.findall(where)[0]
+        return fsspec.core.url_to_fs(where)
     except (ImportError, BadZipFile) as error:
         raise OSError(f"{where}: {error}") from error
 

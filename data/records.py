@@ -102,7 +102,7 @@ def record_of(raw: Mapping[str, Any], source: str, form: Form = RESTORATION) -> 
     )
     videos = not inputs + outputs and (raw.get("video") or raw.get("videos"))
     if videos or any("<video>" in text for _, text in messages):
-        raise RecordError(f"{source}: videos are not read: give frames as images, {IMAGE_TAG} each")
+        raise RecordError(f"{source}: videos are not read: give their frames as images")
     if "texts" in form.needs and all(who != "human" for who, _ in messages):
         raise RecordError(f"{source}: {form.texts[0]} holds no entry from `human`")
     return Record(source=source, inputs=inputs, outputs=outputs, messages=messages, raw=raw)
