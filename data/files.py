@@ -1,5 +1,4 @@
-"""Files by path, or by a URL (`s3://bucket/train.jsonl`) through fsspec; of an archive by
-`zip://images/a.png::s3://bucket/set.zip`."""
+"""Files by path, or by URL (`s3://bucket/a.jsonl`, `zip://in/a.png::s3://bucket/b.zip`)."""
 
 import io
 import posixpath
@@ -14,7 +13,9 @@ import fsspec
 Place = Path | str
 """A local path, or a URL."""
 INSIDE = re.compile("(?<=://).*?(?=::|$)")
-"""The path of a URL: `images/a.png` above."""
+"""The path of a URL: `bucket/a.jsonl`, `in/a.png`."""
+KEPT = cache(fsspec.core.url_to_fs)
+"""Archives: files in one end with it, and its table is read once."""
 
 
 def place(text: str) -> Place:
@@ -38,11 +39,6 @@ def folder_of(where: Place, suffix: str = "") -> Place:
     return INSIDE.sub(lambda path: posixpath.dirname(path[0]), where, 1) if is_file else where
 
 
-@cache  # what it opens ends with it
-def _archive(url: str) -> Any:
-    return fsspec.core.url_to_fs(url)[0]
-
-
 def _system(where: Place) -> tuple[Any, Any]:
     """What has `exists` and `open`, and the path for these. Raises OSError without the package for
     a URL or where an archive is damaged, ValueError for an unknown scheme."""
@@ -50,7 +46,7 @@ def _system(where: Place) -> tuple[Any, Any]:
         if isinstance(where, Path):
             return Path, where
         if re.match("[^:]+://.*::", where):
-            return _archive(INSIDE.sub("", where, 1)), INSIDE.findall(where)[0]
+            return KEPT(INSIDE.sub("", where, 1))[0], INSIDE.findall(where)[0]
         return fsspec.core.url_to_fs(where)
     except (ImportError, BadZipFile) as error:
         raise OSError(f"{where}: {error}") from error

@@ -138,10 +138,8 @@ def _message(entry: Any, field: str, source: str) -> tuple[str, str]:
 
 def _image(entry: Any, field: str, source: str) -> ImageRef:
     """A path, the bytes of a file, or a mapping with one of them and perhaps the size."""
-    if isinstance(entry, str):
-        entry = {"path": entry}
-    if isinstance(entry, bytes):
-        entry = {"bytes": entry}
+    if isinstance(entry, str | bytes):
+        entry = {"path" if isinstance(entry, str) else "bytes": entry}
     if isinstance(entry, dict) and isinstance(entry.get("bytes"), bytes):
         named = f"{source}: {field}"
         return ImageRef(path=named, size=_stated_size(entry), content=entry["bytes"])
