@@ -99,9 +99,7 @@ def read_image(path: ImageFile, paired: bool = False) -> Image.Image:
             slices = len(scan.values)
             raise ImageError(f"{path}: a volume of {slices} slices; make_pairs.py makes images")
         if paired and scan.guessed:
-            way = (
-                "state one in both, or write PNG images with one value_range as make_pairs.py does"
-            )
+            way = "state one in both, or write PNG images of one value_range, as make_pairs.py does"
             raise ImageError(f"{path}: no window, and a guess scales a pair unequally: {way}")
         return _eight_bits(scan)
     with _opened(path) as image:
