@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from .files import Place, exists, place
+from .files import Place, existing, folder_of
 from .sources import JsonlRecords, ParquetRecords, Records
 from .tasks import TASKS, Task
 from .tokenizer import Tokenizer
@@ -197,11 +197,11 @@ def _dataset(where: str, content: Any, root: str) -> DatasetConfig:
     where = at_line(where, content, "name")
     if ("jsonl_path" in dataset) == ("parquet_path" in dataset):
         raise ValueError(f"{where}: needs jsonl_path or parquet_path")
-    records = dataset.get("jsonl_path", dataset.get("parquet_path"))
-    dataset.setdefault("data_dir", str(records).rpartition("/")[0] or ".")
-    for key in ("jsonl_path", "parquet_path", "data_dir"):
-        if key in dataset:
-            dataset[key] = found = place(str(dataset[key]).replace("${data_root}", root))
-            if not exists(found):
-                raise ValueError(f"{at_line(where, content, key)}: {key} {found} does not exist")
-    return DatasetConfig(**dataset)
+    for key in (key for key in ("jsonl_path", "parquet_path", "data_dir") if key in dataset):
+        try:
+            dataset[key] = existing(str(dataset[key]).replace("${data_root}", root))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{at_line(where, content, key)}: {key} {error}") from error
+    suffix = ".parquet" if "parquet_path" in dataset else ""
+    folder = folder_of(dataset.get("jsonl_path") or dataset["parquet_path"], suffix)
+    return DatasetConfig(**{"data_dir": folder} | dataset)

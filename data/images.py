@@ -86,10 +86,11 @@ def _named(path: ImageFile) -> ImageFile:
     return NamedBytes(path.getvalue(), "encoded image") if type(path) is BytesIO else path
 
 
-def read_image(path: ImageFile) -> Image.Image:
-    """The RGB image of a file.
+def read_image(path: ImageFile, paired: bool = False) -> Image.Image:
+    """The RGB image of a file; `paired` if another one must be scaled alike.
 
-    Raises ImageError for a missing, damaged or oversized file, and for a volume.
+    Raises ImageError for a missing, damaged or oversized file, and for a volume; where it is
+    paired also for a DICOM file that does not state what black and white are.
     """
     path = _named(path)
     if file_kind(path) != "image":
@@ -97,6 +98,9 @@ def read_image(path: ImageFile) -> Image.Image:
         if scan.is_volume:
             slices = len(scan.values)
             raise ImageError(f"{path}: a volume of {slices} slices; make_pairs.py makes images")
+        if paired and scan.guessed:
+            way = "state one in both, or write PNG images of one value_range, as make_pairs.py does"
+            raise ImageError(f"{path}: no window, and a guess scales a pair unequally: {way}")
         return _eight_bits(scan)
     with _opened(path) as image:
         image.load()

@@ -24,6 +24,8 @@ class Form:
     texts: tuple[str, ...] = ("message", "conversations")
     needs: tuple[str, ...] = ("inputs", "texts")
     """Parts that must be there."""
+    paired: bool = False
+    """Whether an image is made from another, so that both must be scaled alike."""
 
 
 RESTORATION = Form()
@@ -98,6 +100,9 @@ def record_of(raw: Mapping[str, Any], source: str, form: Form = RESTORATION) -> 
         _entries(raw, getattr(form, part), part in form.needs, source, read)
         for part, read in (("inputs", _image), ("outputs", _image), ("texts", _message))
     )
+    videos = not inputs + outputs and (raw.get("video") or raw.get("videos"))
+    if videos or any("<video>" in text for _, text in messages):
+        raise RecordError(f"{source}: videos are not read: give their frames as images")
     if "texts" in form.needs and all(who != "human" for who, _ in messages):
         raise RecordError(f"{source}: {form.texts[0]} holds no entry from `human`")
     return Record(source=source, inputs=inputs, outputs=outputs, messages=messages, raw=raw)
@@ -133,10 +138,8 @@ def _message(entry: Any, field: str, source: str) -> tuple[str, str]:
 
 def _image(entry: Any, field: str, source: str) -> ImageRef:
     """A path, the bytes of a file, or a mapping with one of them and perhaps the size."""
-    if isinstance(entry, str):
-        entry = {"path": entry}
-    if isinstance(entry, bytes):
-        entry = {"bytes": entry}
+    if isinstance(entry, str | bytes):
+        entry = {"path" if isinstance(entry, str) else "bytes": entry}
     if isinstance(entry, dict) and isinstance(entry.get("bytes"), bytes):
         named = f"{source}: {field}"
         return ImageRef(path=named, size=_stated_size(entry), content=entry["bytes"])

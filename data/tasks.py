@@ -5,6 +5,7 @@ droppable where inference uses guidance: before an image that is drawn, not befo
 """
 
 import json
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, Protocol, TypeVar
+from zipfile import BadZipFile
 
 import torch
 from PIL import Image
@@ -29,7 +31,7 @@ Picture = Image.Image | Size
 """An image, or its (width, height) where pixels are not needed."""
 Look = Callable[[ImageRef], Picture]
 VAE_RULE, VIT_RULE = RULES
-PAIRS = Form(needs=("inputs", "outputs", "texts"))
+PAIRS = Form(needs=("inputs", "outputs", "texts"), paired=True)
 LARGEST_FACTOR = 4
 """A target may be this many times as wide and high as its input."""
 
@@ -85,7 +87,7 @@ class Task(ABC):
         Raises RecordError when the record does not suit the task or states another size than an
         image has, and ImageError when an image cannot be read.
         """
-        images = lambda ref: decoded(record, folder, ref)  # noqa: E731
+        images = lambda ref: decoded(record, folder, ref, self.form.paired)  # noqa: E731
         return Sample(record.source, self.segments(record, images, Random(seed)))
 
     def outline(self, record: Record, folder: Place, seed: int = 0) -> Sample:
@@ -237,7 +239,7 @@ class EditSequenceTask(Task):
     becomes image i + 1, of which one is chosen.
     """
 
-    form = Form(inputs=("image_list",), needs=("inputs",))
+    form = Form(inputs=("image_list",), needs=("inputs",), paired=True)
     chooses = True
     longest: ClassVar[int] = 2
     """Steps between the two images."""
@@ -316,20 +318,19 @@ def _file(folder: Place, ref: ImageRef) -> Path | NamedBytes:
     try:
         with open_binary(where) as opened:
             return NamedBytes(opened.read(), where)
-    except FileNotFoundError as error:
-        raise ImageError(f"{where}: {error}") from error
-    except OSError as error:
-        raise UnreachableError(f"{where}: {error}") from error
+    except (OSError, ValueError, BadZipFile, zlib.error) as error:
+        lost = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        raise (UnreachableError if lost else ImageError)(f"{where}: {error}") from error
 
 
-def open_image(folder: Place, ref: ImageRef) -> Image.Image:
+def open_image(folder: Place, ref: ImageRef, paired: bool = False) -> Image.Image:
     """Raises ImageError as `read_image` does."""
-    return read_image(_file(folder, ref))
+    return read_image(_file(folder, ref), paired)
 
 
-def decoded(record: Record, folder: Place, ref: ImageRef) -> Image.Image:
+def decoded(record: Record, folder: Place, ref: ImageRef, paired: bool = False) -> Image.Image:
     """Raises ImageError, and RecordError when the record states another size than the image has."""
-    image = open_image(folder, ref)
+    image = open_image(folder, ref, paired)
     if ref.size not in (None, image.size):
         raise RecordError(
             f"{record.source}: says that width and height of {ref.path} are {ref.size}, but they "

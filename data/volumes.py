@@ -64,6 +64,8 @@ class Scan:
     spacing: tuple[float, ...] = ()
     """mm between slices (of a volume; nan if unknown), rows and columns; empty if all unknown."""
     colour: bool = False
+    guessed: bool = False
+    """Whether `value_range` is that of the values, since the file states none."""
 
     @property
     def is_volume(self) -> bool:
@@ -211,8 +213,9 @@ def _shown(dataset: Any, pixels: np.ndarray, value_range: Range | None) -> Scan:
         low, high = pydicom.apply_windowing(np.array([-np.inf, np.inf]), dataset)
         values, value_range = pydicom.apply_windowing(values, dataset), (low, high)
         known["unit"] = ""
-    value_range = value_range or _window(dataset) or _stored_range(dataset) or _brightness(values)
-    low, high = map(float, value_range[::-1] if kind == "MONOCHROME1" else value_range)
+    stated = value_range or _window(dataset) or _stored_range(dataset)
+    ends, known["guessed"] = stated or _brightness(values), not stated
+    low, high = map(float, ends[::-1] if kind == "MONOCHROME1" else ends)
     return Scan(values=values.astype(np.float32), value_range=(low, high), **known)
 
 

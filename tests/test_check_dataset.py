@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
+from PIL import Image, ImageFont
 
 from data.config import load_mixture
 from data.images import MAX_PIXELS
@@ -26,6 +26,8 @@ from data.tally import Tally
 from data.tokenizer import Tokenizer
 from scripts.tools import dataset_checks
 from scripts.tools.check_dataset import main
+from scripts.tools.dataset_report import drawable
+from tests.data.test_scans import dataset, written
 from tests.data.test_stream import LIMITS
 from tests.helpers import packer_config, tiny_config, write_mixture, write_pairs
 
@@ -78,7 +80,9 @@ def damaged(tmp_path_factory) -> Path:
         if number == 8:
             record["message"][0]["value"] = "Remove the noise of it. " * 40
         if number == 10:
-            record["volume"] = "IXI012"
+            record |= {"volume": "IXI012", "dataset": "ixi"}
+        if number == 11:  # of another data set, which has the name by chance
+            record |= {"volume": "IXI012", "dataset": "other"}
 
     lines = rewritten(pairs, spoil)
     pairs.write_text("\n".join([*lines[:11], "  ", lines[11], "{oops"]))
@@ -98,7 +102,8 @@ def damaged(tmp_path_factory) -> Path:
     asked.write_text("\n".join(rewritten(asked, ask)))
     (folder / "test").mkdir()
     Image.open(images / "9_clean.png").save(folder / "test" / "other_name.bmp")
-    held_out = [{"input_img": ["other_name.bmp"]}, {"volume": "IXI012"}, {"input_img": ["gone"]}]
+    held_out = [{"input_img": ["other_name.bmp"]}, {"volume": "IXI012", "dataset": "ixi"}]
+    held_out.append({"input_img": ["gone"]})
     (folder / "test" / "test.jsonl").write_text("\n".join(map(json.dumps, held_out)))
     path = write_mixture(folder / "mixture.yaml", folder / "pairs")
     content = yaml.safe_load(path.read_text())
@@ -128,7 +133,8 @@ def test_every_finding_with_its_line(checkpoint, damaged, tmp_path, capsys):
         ("pairs", 9, "too_long", f"{lines}:9: "),
         ("pairs", 10, "in_test_set", "images/9_clean.png is in the test set too: "
          f"{held_out}:1 as other_name.bmp"),
-        ("pairs", 11, "in_test_set", f"volume IXI012 is in the test set too: {held_out}:2"),
+        ("pairs", 11, "in_test_set", "a volume named IXI012 of data set ixi is in the test set "
+         f"too: {held_out}:2 as a volume named IXI012 of data set ixi"),
         ("pairs", 14, "bad_record", f"{lines}:14: no JSON: Expecting property name"),
         ("asked", 2, "bad_record", f"{folder.parent}/asked/train.jsonl:2: 2 <image> for 1 images"),
         ("asked", 3, "bad_record", f"{folder.parent}/asked/train.jsonl:3: the conversation holds"),
@@ -195,6 +201,47 @@ def test_lengths_and_packing_are_those_of_training(checkpoint, mixture, tmp_path
     most = LIMITS["max_num_tokens"]
     line = f"packing: {full:.1%} of max_num_tokens={most}, {samples:.1f} samples a pack"
     assert line in text and full > 0.5
+
+
+def test_sets_of_one_name_are_counted_apart(checkpoint, tmp_path):
+    for folder, lines in (("good", 4), ("bad", 3)):
+        write_pairs(tmp_path / folder, lines)
+    (tmp_path / "bad" / "train.jsonl").open("a").write("{oops\n[]\n")
+    content = {}
+    for group, folder in (("restoration", "good"), ("vqa_reconstruction", "bad")):
+        own = yaml.safe_load(write_mixture(tmp_path / "x.yaml", tmp_path / folder).read_text())
+        own["restoration"]["datasets"][0]["name"] = "vqa_rad"
+        content[group] = own["restoration"]
+    (path := tmp_path / "mixture.yaml").write_text(yaml.safe_dump(content))
+    source = f"--dataset_config_file={path}", f"--model_path={checkpoint}"
+    assert main(arguments(tmp_path / "out", *source)) == 1
+    rows = (tmp_path / "out" / "report.txt").read_text().splitlines()[1:3]
+    assert [(*row.split()[:3], *row.split()[7:]) for row in rows] == [
+        ("vqa_rad", "4", "4"),
+        ("vqa_rad", "5", "3", "bad_record", "2"),
+    ]
+    assert {row[:3] for row in findings(tmp_path / "out")} == {
+        ("vqa_rad", 4, "bad_record"),
+        ("vqa_rad", 5, "bad_record"),
+    }
+
+
+def test_pairs_without_a_window_are_found(checkpoint, tmp_path):
+    lines, ramp = write_pairs(tmp_path / "pairs", 1), np.arange(256).reshape(16, 16)
+    for name in ("0_input", "0_clean"):
+        written(dataset(ramp), tmp_path / "pairs" / "images" / f"{name}.png")
+    mixture = write_mixture(tmp_path / "mixture.yaml", tmp_path / "pairs")
+    source = f"--dataset_config_file={mixture}", f"--model_path={checkpoint}"
+    assert main(arguments(tmp_path / "out", *source)) == 1
+    found = findings(tmp_path / "out")
+    assert {row[:3] for row in found} == {("pairs", 1, "unreadable_image")} and len(found) == 2
+    assert all("no window, and a guess scales a pair unequally" in row[3] for row in found)
+    assert f"{lines}:1" in (tmp_path / "out" / "report.txt").read_text()
+
+
+def test_letters_that_a_font_lacks_are_escaped():
+    font = ImageFont.load_default(12)
+    assert drawable("Gr\u00f6\u00dfe \u80ba.\n(a)", font) == "Gr\\xf6\\xdfe \\u80ba.\n(a)"
 
 
 def test_a_folder_of_jsonl_files(tmp_path, capsys):

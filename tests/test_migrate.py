@@ -101,6 +101,43 @@ def test_the_mixture_loads_from_another_root(tmp_path, capsys):
     assert f"stands for {tmp_path / 'cluster'}\n" in told
 
 
+def test_the_image_rule_of_the_vit_alone_becomes_its_own(tmp_path, capsys):
+    """As in the released model's file, where questions have no other."""
+    rule = "{image_stride: 14, max_image_size: 980, min_image_size: 378, max_pixels: 2_007_040}"
+    written(
+        tmp_path,
+        TABLE.replace("SftJSONLIterableDataset_TextOnly", "vlm_sft"),
+        f"vlm_sft:\n  dataset_names: [talk]\n  image_transform_args: {rule}\n",
+    )
+    status, mixture = migrated(tmp_path)
+    told, old = capsys.readouterr().out, tmp_path / "old.yaml"
+    assert status == 0
+    assert f"{old}:1: vlm_sft: image_transform_args is written as vit_image_transform_args" in told
+    assert "image_transform_args" not in mixture.read_text().replace("vit_image", "")
+    (tmp_path / "talk.jsonl").write_text("{}")
+    (group,) = load_mixture(mixture, tmp_path)
+    assert group.vit_image_transform_args == ResizeRule(
+        image_stride=14, max_image_size=980, min_image_size=378, max_pixels=2_007_040
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  vit_image_transform_args", "  # ", "missing ['vit_image_transform_args']"),
+        ("min_image_size: 128", "min_image_size: 2048", "image sizes must satisfy"),
+        ("[talk]", "[]", "SftJSONLIterableDataset_TextOnly: needs at least one data set"),
+    ],
+)
+def test_what_the_loader_would_refuse_is_told_with_its_line(tmp_path, capsys, old, new, message):
+    written(tmp_path, config=CONFIG.replace(old, new, 1))
+    status, mixture = migrated(tmp_path)
+    found = re.search(rf"^error: {mixture}:(\d+): (.*)\n$", capsys.readouterr().err)
+    assert status == 2 and found and message in found[2]
+    line = mixture.read_text().splitlines()[int(found[1]) - 1]
+    assert line.strip().rstrip(":") in found[2] and "${data_root}/ixi" in mixture.read_text()
+
+
 def test_an_old_root_keeps_what_lies_outside(tmp_path):
     written(tmp_path)
     _, mixture = migrated(tmp_path, "--old_root", str(tmp_path / "cluster" / "ixi"))

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from data.config import RULES, DatasetConfig, GroupConfig, load_mixture, read_yaml  # noqa: E402
-from data.files import place  # noqa: E402
+from data.files import folder_of, place  # noqa: E402
 from data.loader import end_with_the_parent  # noqa: E402
 from data.packer import PackerConfig  # noqa: E402
 from data.records import Form  # noqa: E402
@@ -67,7 +67,7 @@ class Checked:
                 self.held_out.setdefault(key, f"{source} as {name}")
             elif twin := self.held_out.get(key):
                 text = f"{name} is in the test set too: {twin}"
-                new.append(Finding(dataset.name, source, "in_test_set", text))
+                new.append(Finding(outcome.dataset, source, "in_test_set", text))
         self.findings += new
         self.lengths[outcome.dataset].update(outcome.tokens)
         self.done += 1
@@ -139,10 +139,10 @@ def checker_of(args: argparse.Namespace, mixture: tuple[GroupConfig, ...]) -> Ch
     config = LoaderConfig(**{name: getattr(args, name) for name in LIMITS})
     tokenizer: Any = Tokenizer(args.model_path) if args.model_path else NoTokenizer()
     held_out = []
-    for path in args.against:
-        folder = args.against_root or args.image_base_path or path.rpartition("/")[0] or "."
+    for path in dict.fromkeys(args.against):
+        folder = place(args.against_root or args.image_base_path or str(folder_of(place(path))))
         records = JsonlRecords(place(path), Form(needs=()))
-        held_out.append(HeldOut(f"test:{path}", records, place(folder)))
+        held_out.append(HeldOut(f"test:{path}", records, folder))
     return Checker(Planner(mixture, config, sizes, tokenizer), held_out)
 
 

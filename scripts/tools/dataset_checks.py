@@ -23,7 +23,8 @@ CHOICES = 8
 
 
 class Finding(NamedTuple):
-    dataset: str
+    dataset: int
+    """Its place among the sets of the checker: names may repeat."""
     source: str
     """`file:line`"""
     reason: str
@@ -83,19 +84,19 @@ class Checker(torch.utils.data.Dataset):
         except RecordError as error:
             found[str(error)] = reason_of(error)
         else:
-            outcome.seen.extend(self._images(record, dataset.folder, found))
+            outcome.seen.extend(self._images(record, dataset, found))
             if isinstance(dataset, Dataset):
                 outcome.tokens.extend(self._measure(number, index, record, found))
         source = dataset.records.source(index)
-        outcome.findings.extend(Finding(dataset.name, source, r, m) for m, r in found.items())
+        outcome.findings.extend(Finding(number, source, r, m) for m, r in found.items())
 
     def _images(
-        self, record: Record, folder: Place, found: dict[str, str]
+        self, record: Record, dataset: Dataset | HeldOut, found: dict[str, str]
     ) -> Iterator[tuple[str, str, str]]:
         """Decodes all images; `found` gets reasons by message."""
         for ref in (*record.inputs, *record.outputs):
             try:
-                image = decoded(record, folder, ref)
+                image = decoded(record, dataset.folder, ref, dataset.records.form.paired)
             except UnreachableError:
                 raise  # says nothing of the image
             except (RecordError, ImageError) as error:
@@ -104,7 +105,10 @@ class Checker(torch.utils.data.Dataset):
             if self.held_out:
                 yield pixel_hash(image), ref.path, record.source
         if self.held_out and (volume := record.raw.get("volume")):
-            yield f"volume {volume}", f"volume {volume}", record.source
+            # Unrelated data sets have volumes of one name: `sub-01_T1w`.
+            of = f" of data set {record.raw['dataset']}" if record.raw.get("dataset") else ""
+            name = f"a volume named {volume}{of}"
+            yield name, name, record.source
 
     def _measure(self, number: int, index: int, record: Record, found: dict[str, str]) -> list[int]:
         """Tokens of the sample, if a pack can have it; `found` gets what speaks against it."""

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import string
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from .dataset_checks import Checker, Finding
 REPORT, TABLE, SHEET = "report.txt", "report.csv", "contact_sheet.png"
 TILE, LINE = 192, 16
 """Pixels of a picture's sides, and of a line of text."""
+FONT, NO_LETTER = "DejaVuSans.ttf", "\uffff"
+"""More letters than the font that comes with Pillow, and what no font has."""
 MAX_SHOWN = 4
 """Images of a record on the sheet."""
 
@@ -43,7 +46,7 @@ def write(
         table = csv.writer(file)
         table.writerow(["dataset", "file", "line", "reason", "message"])
         for dataset, source, reason, message in findings:
-            table.writerow([dataset, *source.rsplit(":", 1), reason, message])
+            table.writerow([checker.sets[dataset].name, *source.rsplit(":", 1), reason, message])
     contact_sheet(planner.datasets, args.num_pairs, args.data_seed).save(folder / SHEET)
     return f"{text}{len(findings)} findings: {folder / REPORT}, {TABLE}, {SHEET}"
 
@@ -51,8 +54,8 @@ def write(
 def summary(checker: Checker, findings: Sequence[Finding], lengths: Sequence[Counter[int]]) -> str:
     """Records, findings by reason and token lengths of every data set."""
     rows = [["data set", "records", "good", "tokens: least", "median", "95 %", "most", "findings"]]
-    for dataset, counts in zip(checker.sets, lengths, strict=True):
-        own = [found for found in findings if found.dataset == dataset.name]
+    for number, (dataset, counts) in enumerate(zip(checker.sets, lengths, strict=True)):
+        own = [found for found in findings if found.dataset == number]
         bad, reasons = len({found.source for found in own}), Counter(f.reason for f in own)
         tokens = np.repeat(sorted(counts), [counts[n] for n in sorted(counts)])
         of_tokens = np.quantile(tokens, (0, 0.5, 0.95, 1), method="higher") if counts else "----"
@@ -101,8 +104,22 @@ def _strip(dataset: Dataset, index: int) -> Image.Image:
     said = [name, *(f"{who}: {text}" for who, text in record.messages)]
     place = len(shown) * TILE
     columns = (strip.width - place) * 2 // LINE
-    lines = [line for text in said for line in textwrap.wrap(text, columns)]
-    font, drawn = ImageFont.load_default(LINE * 3 // 4), ImageDraw.Draw(strip)
+    font, drawn = _font(), ImageDraw.Draw(strip)
+    lines = [line for text in said for line in textwrap.wrap(drawable(text, font), columns)]
     for row, line in enumerate(lines[: TILE // LINE]):
         drawn.text((place, row * LINE), line, fill="black", font=font)
     return strip
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    size = LINE * 3 // 4
+    with suppress(OSError):  # where it is not installed
+        return ImageFont.truetype(FONT, size)
+    return ImageFont.load_default(size)  # type: ignore[return-value]
+
+
+def drawable(text: str, font: ImageFont.FreeTypeFont) -> str:
+    """The text, with escapes for what the font would draw as boxes."""
+    box = bytes(font.getmask(NO_LETTER))
+    boxes = (c for c in {*text} - {*string.whitespace} if bytes(font.getmask(c)) == box)
+    return text.translate({ord(c): c.encode("ascii", "backslashreplace").decode() for c in boxes})

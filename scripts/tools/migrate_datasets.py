@@ -9,6 +9,7 @@ The Python file is read, not run. Ends with 0, or with 2 and what cannot be tran
 import argparse
 import ast
 import copy
+import math
 import os
 import sys
 from collections import Counter
@@ -22,8 +23,17 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from data.config import Lined, LinedLoader, at_line, checked, nearest, read_yaml, require_type  # noqa: E402
-from data.tasks import TASKS  # noqa: E402
+from data.config import (  # noqa: E402
+    Lined,
+    LinedLoader,
+    at_line,
+    checked,
+    load_mixture,
+    nearest,
+    read_yaml,
+    require_type,
+)
+from data.tasks import TASKS, VAE_RULE, VIT_RULE  # noqa: E402
 from data.transforms import RULES, ResizeRule  # noqa: E402
 
 TABLE = "DATASET_INFO"
@@ -115,14 +125,18 @@ def translate(info: Path, config: Path, old_root: str) -> tuple[dict[str, Any], 
         group = checked(where, values, Group)
         for key in {*RULES} & {*group}:
             group[key] = checked(f"{at_line(where, values, key)}.{key}", group[key], ResizeRule)
-        notes += [f"{where}: {key}: {why}" for key, why in LEFT_OUT.items() if group.pop(key, None)]
+        for key, why in LEFT_OUT.items():
+            notes += [f"left out: {where}: {key}: {why}"] if group.pop(key, None) else []
+        if TASKS[name].rules == (VIT_RULE,) and VAE_RULE in group and VIT_RULE not in group:
+            group[VIT_RULE] = group.pop(VAE_RULE)
+            notes.append(f"{where}: {VAE_RULE} is written as {VIT_RULE}: its images are the ViT's")
         for part, own in _parts(where, name, group):
             rows = zip(own.pop("dataset_names"), own.pop("num_used_data"), strict=True)
             sets = [_dataset(where, n, used, info, table[name]) for n, used in rows]
             if own["weight"]:
                 mixture[part] = {"task": name} | own | {"datasets": sets}
             else:
-                notes.append(f"{where}: {part} has weight 0")
+                notes.append(f"left out: {where}: {part} has weight 0")
     sets = [dataset for group in mixture.values() for dataset in group["datasets"]]
     paths = [d[key] for d in sets for key in PATHS if key in d and "://" not in d[key]]
     if not old_root and len({Path(path).is_absolute() for path in paths}) > 1:
@@ -130,7 +144,7 @@ def translate(info: Path, config: Path, old_root: str) -> tuple[dict[str, Any], 
     root = old_root or os.path.commonpath([str(Path(path).parent) for path in paths] or [""])
     for dataset in sets:
         dataset |= {key: _moved(dataset[key], root) for key in PATHS if key in dataset}
-    return mixture, [*(f"left out: {note}" for note in notes), f"{DATA_ROOT} stands for {root}"]
+    return mixture, [*notes, f"{DATA_ROOT} stands for {root}"]
 
 
 def _parts(where: str, name: str, group: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -171,6 +185,23 @@ def _dataset(where: str, name: str, used: int, info: Path, known: Lined) -> dict
     return kept | ({"num_used_data": used} if used else {})
 
 
+def write(mixture: dict[str, Any], output: Path) -> None:
+    """Raises ValueError where the loader would refuse the mixture, whose files may be elsewhere."""
+    present = copy.deepcopy(mixture)
+    for dataset in (dataset for group in present.values() for dataset in group["datasets"]):
+        dataset |= {key: str(output) for key in PATHS if key in dataset}
+    # The loader's messages have lines of the file, which stays: the same in both.
+    try:
+        output.write_text(_yaml(present))
+        load_mixture(output)
+    finally:
+        output.write_text(_yaml(mixture))
+
+
+def _yaml(mixture: dict[str, Any]) -> str:
+    return yaml.safe_dump(mixture, sort_keys=False, allow_unicode=True, width=math.inf)
+
+
 def _moved(path: str, root: str) -> str:
     inside = "://" not in path and Path(path).is_relative_to(root)
     return f"{DATA_ROOT}/{Path(path).relative_to(root)}" if inside else path
@@ -186,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         mixture, notes = translate(args.dataset_info, args.dataset_config_file, args.old_root)
-        args.output.write_text(yaml.safe_dump(mixture, sort_keys=False, allow_unicode=True))
+        write(mixture, args.output)
     except (ValueError, SyntaxError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,6 +4,8 @@ import dataclasses
 import io
 import json
 import pickle
+import sys
+import zipfile
 from pathlib import Path
 
 import fsspec
@@ -17,11 +19,13 @@ from pydicom.data import get_testdata_file
 
 from data import sources
 from data.config import load_mixture
-from data.files import NamedBytes
+from data.files import NamedBytes, folder_of, within
 from data.images import ImageError, image_size, read_image
 from data.records import Form, ImageRef, RecordError, parse_record
 from data.sources import JsonlRecords, ParquetRecords, good_records
+from data.tally import reason_of
 from data.tasks import open_image
+from data.volumes import UnreachableError
 from tests.data.test_skipping import loader
 from tests.data.test_stream import digest
 from tests.helpers import RULES, write_mixture, write_pairs
@@ -118,7 +122,7 @@ def test_parquet_rows_at_a_url(captions):
     fsspec.filesystem("memory").put(f"{captions}/", "/rows", recursive=True)
     here, there = ParquetRecords(captions, FORM), ParquetRecords("memory://rows", FORM)
     assert [r.outputs[0].content for r in there] == [r.outputs[0].content for r in here]
-    assert there[8].source == "memory:///rows/b.parquet:2"
+    assert there[8].source == "memory://rows/b.parquet:2"
     assert len(ParquetRecords("memory://rows/a.parquet", FORM)) == 7
     assert len(pickle.loads(pickle.dumps(there))) == 11
 
@@ -188,6 +192,109 @@ def test_a_stream_from_urls_is_the_one_from_the_disk(checkpoint, tmp_path):
         ValueError, match=r"jsonl_path memory://elsewhere/pairs/train.jsonl does no"
     ):
         load_mixture(path, "memory://elsewhere")
+
+
+def test_a_set_in_an_archive_trains_as_on_the_disk(checkpoint, tmp_path):
+    write_pairs(tmp_path / "pairs", 4)
+    archive, here = tmp_path / "set.zip", write_mixture(tmp_path / "here.yaml", tmp_path / "pairs")
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as opened:
+        for file in (tmp_path / "pairs").rglob("*.*"):
+            opened.write(file, f"deep/{file.relative_to(tmp_path / 'pairs')}")
+        opened.write(tmp_path / "pairs" / "train.jsonl", "top.jsonl")
+    content = yaml.safe_load(here.read_text())
+    lines = "zip://deep/train.jsonl::${data_root}/set.zip"
+    content["restoration"]["datasets"] = [{"name": "pairs", "jsonl_path": lines}]
+    (tmp_path / "there.yaml").write_text(yaml.safe_dump(content))
+    mixture = load_mixture(tmp_path / "there.yaml")
+    assert mixture[0].datasets[0].data_dir == f"zip://deep::{archive}"
+    expected, found = (loader(checkpoint, m).next_batch() for m in (here, mixture))
+    there = f"zip://deep/train.jsonl::{archive}"
+    names = tuple(n.replace(there, f"{tmp_path}/pairs/train.jsonl") for n in found.vae.names)
+    assert names != found.vae.names
+    vae = dataclasses.replace(found.vae, names=names)
+    assert digest(dataclasses.replace(found, vae=vae)) == digest(expected)
+    content["restoration"]["datasets"][0] |= {
+        "jsonl_path": "zip://top.jsonl::${data_root}/set.zip",
+        "data_dir": "zip://deep::${data_root}/gone.zip",
+    }
+    (tmp_path / "there.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"yaml:3: restoration.datasets: data_dir .*gone.zip'$"):
+        load_mixture(tmp_path / "there.yaml")
+
+
+def test_names_go_into_the_first_link_of_a_url():
+    joined = {
+        "zip://::s3://b/a.zip": "zip://x/i.png::s3://b/a.zip",
+        "zip://in/::a.zip": "zip://in/x/i.png::a.zip",
+        "simplecache::s3://b/set": "simplecache::s3://b/set/x/i.png",
+        "s3://b/set/": "s3://b/set/x/i.png",
+        "file:///set": "file:///set/x/i.png",
+    }
+    assert {url: within(url, "x/i.png") for url in joined} == joined
+    folders = {
+        "zip://train.jsonl::s3://b/a.zip": "zip://::s3://b/a.zip",
+        "zip://in/train.jsonl::a.zip": "zip://in::a.zip",
+        "s3://b/train.jsonl": "s3://b",
+        "file:///train.jsonl": "file:///",
+    }
+    assert {url: folder_of(url) for url in folders} == folders
+    assert folder_of("s3://b/rows", ".parquet") == "s3://b/rows"
+    assert folder_of("zip://rows/a.parquet::a.zip", ".parquet") == "zip://rows::a.zip"
+
+
+def test_parquet_in_an_archive(captions, tmp_path):
+    archive = tmp_path / "rows.zip"
+    with zipfile.ZipFile(archive, "w") as opened:
+        for file in captions.iterdir():
+            opened.write(file, f"rows/{file.name}")
+    records = ParquetRecords(f"zip://rows::{archive}", FORM)
+    assert [r.raw["captions"] for r in records] == [str(i) for i in range(11)]
+    assert len(ParquetRecords(f"zip://rows/b.parquet::{archive}", FORM)) == 4
+
+
+def test_images_beside_parquet_are_in_its_folder(captions, tmp_path):
+    path = tmp_path / "mixture.yaml"
+    rule = {"image_transform_args": RULES["image_transform_args"]}
+    for place in ("rows", "rows/a.parquet"):
+        sets = [{"name": "rows", "parquet_path": f"${{data_root}}/{place}"}]
+        path.write_text(yaml.safe_dump({"text_to_image": rule | {"datasets": sets}}))
+        assert load_mixture(path)[0].datasets[0].data_dir == captions
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s3://b/train.jsonl", "s3://b/train.jsonl: Install s3fs to access S3"),
+        ("s33://b/train.jsonl", "Protocol not known: s33"),
+        ("zip://a::mixture.yaml", "zip://a::mixture.yaml: File is not a zip file"),
+    ],
+)
+def test_what_a_url_needs_is_told_in_a_line(tmp_path, monkeypatch, url, message):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.chdir(tmp_path)
+    content = {"text_only": {"datasets": [{"name": "d", "jsonl_path": url}]}}
+    (path := tmp_path / "mixture.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError) as caught:
+        load_mixture(path)
+    assert str(caught.value) == f"{path}:3: text_only.datasets: jsonl_path {message}"
+
+
+def test_images_at_a_url_that_cannot_be_read(tmp_path, monkeypatch):
+    """Without its package a file may be good; a damaged member of an archive never is."""
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(UnreachableError, match="^s3://b/a.png: .*Install s3fs to access S3$"):
+        open_image("s3://b", ImageRef(path="a.png"))
+    archive = tmp_path / "set.zip"
+    with zipfile.ZipFile(archive, "w") as opened:
+        opened.writestr("a.png", png(3))
+    archive.write_bytes(archive.read_bytes().replace(b"IDAT", b"XDAT"))
+    for name, text, reason in (
+        ("a.png", "Bad CRC-32", "unreadable_image"),
+        ("b.png", "", "missing_image"),
+    ):
+        with pytest.raises(ImageError, match=rf"^zip://{name}::{archive}: {text}") as caught:
+            open_image(f"zip://::{archive}", ImageRef(path=name))
+        assert caught.type is ImageError and reason_of(caught.value) == reason
 
 
 def test_scans_at_a_url_and_in_parquet_are_those_on_the_disk(tmp_path):

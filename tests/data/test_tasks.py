@@ -6,15 +6,18 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from data.images import ImageError
 from data.packer import Sample, TextSegment, VaeSegment, VitSegment
 from data.records import RecordError, parse_record, record_of
-from data.tasks import TASKS, Task
+from data.tasks import TASKS, Task, decoded
 from data.tokenizer import Tokenizer
 from data.transforms import ResizeRule
 from scripts.tiny.tokenizer import write_tokenizer
+from tests.data.test_scans import dataset, written
 from tests.helpers import RULES
 
 SIZES = {"a": (16, 16), "b": (16, 24), "c": (32, 32), "d": (20, 20)}
@@ -204,6 +207,12 @@ def test_one_caption_is_chosen(tokenizer, folder):
             ]
 
 
+def test_frames_of_a_video_that_is_named_are_images(tokenizer, folder):
+    raw = {"image": ["b.png"], "video": "a.mp4", "message": QUESTION}
+    expected = ["vit:b", "text:What?", "text:Noise.!", "text:Sure?", "text:Yes.!"]
+    assert laid_out("vlm_sft", raw, tokenizer, folder) == expected
+
+
 def test_an_edit_goes_one_or_two_steps(tokenizer, folder):
     raw = {
         "image_list": ["a.png", "d.png", "c.png", "c.png"],
@@ -236,6 +245,24 @@ def test_an_edit_goes_one_or_two_steps(tokenizer, folder):
         ("vlm_sft", {"input_img": paths("ab"), "message": QUESTION}, "1 <image> for 2 images"),
         ("vlm_sft", {"input_img": paths("a")}, "message must be a list of {from, value}"),
         ("text_only", {"message": said(("human", "What?"))}, "holds no answer from `gpt`"),
+        (
+            "vlm_sft",
+            {"video": "a.mp4", "message": said(("human", "Describe."), ("gpt", "A nodule."))},
+            "videos are not read: give their frames as images",
+        ),
+        (
+            "vlm_sft",
+            {
+                "image": ["a.png"],
+                "message": said(("human", "<image><video>\nDescribe."), ("gpt", "A nodule.")),
+            },
+            "videos are not read",
+        ),
+        (
+            "restoration",
+            {**PAIR, "message": said(("human", "<video>Remove it."))},
+            "videos are not read",
+        ),
         ("vqa_reconstruction", {"message": QUESTION}, "input_img must be a list of {path}"),
         ("edit_sequence", {"image_list": ["a.png"]}, "1 images in image_list need one entry less"),
         (
@@ -252,6 +279,31 @@ def test_records_that_do_not_suit_a_task(name, raw, reason, tokenizer, folder):
             parse_record(json.dumps(raw), "f:1", chosen.form), lambda _: (16, 16), Random()
         )
     assert str(caught.value).startswith("f:1: ") and reason in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["restoration", "counterfactual", "edit_sequence"])
+def test_pairs_of_scans_need_a_window(name, tokenizer, tmp_path):
+    """One of half the counts would be scaled to the same image."""
+    counts = np.arange(400).reshape(20, 20)
+    window = {"WindowCenter": 200, "WindowWidth": 400}
+    for stem, fields in (("bare", {}), ("shown", window)):
+        for part, values in (("whole", counts), ("half", counts // 2)):
+            written(dataset(values, **fields), tmp_path / f"{stem}_{part}.dcm")
+    raw = {"message": QUESTION, "instruction_list": ["Up."]}
+    for stem in ("bare", "shown"):
+        files = [f"{stem}_half.dcm", f"{stem}_whole.dcm"]
+        raw |= {"input_img": files[:1], "output_img": files[1:], "image_list": files}
+        chosen = task(name, tokenizer)
+        record = parse_record(json.dumps(raw), "f:1", chosen.form)
+        if stem == "bare":
+            with pytest.raises(ImageError, match="bare_half.dcm: no window, .* make_pairs.py does"):
+                chosen.sample(record, tmp_path)
+            asked = parse_record(json.dumps({"message": QUESTION, "image": files}), "f:1")
+            assert all(decoded(asked, tmp_path, ref).size == (20, 20) for ref in asked.inputs)
+            continue
+        found = [s for s in chosen.sample(record, tmp_path).segments if isinstance(s, VaeSegment)]
+        means = [s.image_pm1.mean().item() for s in found]
+        assert means == pytest.approx([-0.5, 0], abs=0.02)
 
 
 @pytest.mark.parametrize(
