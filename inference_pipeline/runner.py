@@ -301,7 +301,7 @@ class _Batch:
         if not record.instruction:
             raise RecordError(f"{record.source}: the instruction is empty")
         paths = record.input_image, record.output_image
-        degraded, truth = (read_image(root / path) for path in paths)
+        degraded, truth = (read_image(root / path, paired=True) for path in paths)
         rule = self.restorer.task.vae_rule
         require_sizes(record.source, rule, degraded.size, truth.size)
         return _Pair(record, degraded, truth)

@@ -95,8 +95,8 @@ def first_pairs(mixture: Sequence[GroupConfig], tokenizer: Tokenizer, count: int
             task,
             prompts,
             record,
-            open_image(folder, record.inputs[0]),
-            open_image(folder, record.outputs[0]),
+            open_image(folder, record.inputs[0], paired=True),
+            open_image(folder, record.outputs[0], paired=True),
         )
         for task, record, folder, prompts in islice(filter(None, in_turn), count)
     ]

@@ -33,7 +33,7 @@ from data.files import folder_of, place  # noqa: E402
 from data.loader import end_with_the_parent  # noqa: E402
 from data.packer import PackerConfig  # noqa: E402
 from data.records import Form  # noqa: E402
-from data.sources import JsonlRecords  # noqa: E402
+from data.sources import JsonlRecords, share  # noqa: E402
 from data.stream import HOW_IT_RUNS, LoaderConfig, Planner  # noqa: E402
 from data.tasks import TASKS  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
@@ -143,6 +143,8 @@ def checker_of(args: argparse.Namespace, mixture: tuple[GroupConfig, ...]) -> Ch
         folder = place(args.against_root or args.image_base_path or str(folder_of(place(path))))
         records = JsonlRecords(place(path), Form(needs=()))
         held_out.append(HeldOut(f"test:{path}", records, folder))
+    if held_out:
+        share([tensor for test in held_out for tensor in test.records.index])
     return Checker(Planner(mixture, config, sizes, tokenizer), held_out)
 
 
