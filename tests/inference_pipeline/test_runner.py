@@ -20,6 +20,7 @@ from inference_pipeline.runner import ResumeError, RunConfig, run
 from modeling.bagel.generation import SamplingConfig, TextConfig
 from modeling.pretrained import PREPROCESSOR_FILE
 from scripts.tiny.make_pairs import test_records as make_test_records
+from tests.data.test_scans import dataset, written
 
 CHECKPOINT = Path(__file__).parents[2] / "configs" / "tiny" / "checkpoint"
 FAST = {"sampling": SamplingConfig(num_timesteps=2), "text": TextConfig(max_new_tokens=32)}
@@ -198,10 +199,13 @@ def test_a_truth_of_another_shape_is_an_error_of_its_task(restorer, pairs, tmp_p
     Image.new("L", (40, 112)).save(root / "narrow.png")
     lines[0]["output_img"] = [{"path": "narrow.png"}]
     del lines[1]["message"]
+    written(dataset(np.arange(96 * 112).reshape(112, 96)), root / "bare.dcm")
+    lines.append(lines[0] | {key: [{"path": "bare.dcm"}] for key in ("input_img", "output_img")})
     (root / "test.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     statistics = run(restorer, config(root, tmp_path / "out"))
     errors = [r["error"] for r in results(tmp_path / "out")]
     assert "the target must have the input's shape" in errors[0] and "message" in errors[1]
+    assert "bare.dcm: no window, and a guess scales a pair unequally" in errors[2]
     tasks = {x["main_task_type"] for x in lines}
     assert {*statistics["by_task_type"]} == tasks
 
