@@ -166,7 +166,9 @@ Records = JsonlRecords | ParquetRecords
 def share(tensors: Sequence[Tensor]) -> None:
     """Moves tensors into one piece of shared memory: a process is sent 253 pieces at most."""
     sizes = [-(-tensor.nbytes // 8) * 8 for tensor in tensors]
-    pieces = torch.zeros(sum(sizes), dtype=torch.uint8).share_memory_().split(sizes)
+    # `share_memory_` of a tensor would hold all of it twice.
+    memory = torch.UntypedStorage._new_shared(sum(sizes), device="cpu")
+    pieces = torch.empty(0, dtype=torch.uint8).set_(memory).split(sizes)
     for tensor, piece in zip(tensors, pieces, strict=True):
         tensor.data = piece[: tensor.nbytes].view(tensor.dtype).copy_(tensor)
 

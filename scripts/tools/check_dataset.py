@@ -143,8 +143,7 @@ def checker_of(args: argparse.Namespace, mixture: tuple[GroupConfig, ...]) -> Ch
         folder = place(args.against_root or args.image_base_path or str(folder_of(place(path))))
         records = JsonlRecords(place(path), Form(needs=()))
         held_out.append(HeldOut(f"test:{path}", records, folder))
-    if held_out:
-        share([tensor for test in held_out for tensor in test.records.index])
+    share([tensor for test in held_out for tensor in test.records.index])
     return Checker(Planner(mixture, config, sizes, tokenizer), held_out)
 
 
