@@ -227,10 +227,13 @@ class _Sample:
     """Of its images, relative to the output folder; no other sample has the same."""
 
     def digest(self, root: Path) -> str:
-        """Of its images; those that are not there count as empty."""
+        """Of its images; those that cannot be read count as empty."""
         refs = (*self.record.inputs, *self.record.outputs) if self.record else ()
-        paths = [root / ref.path for ref in refs]
-        return digest(*(path.read_bytes() if path.is_file() else b"" for path in paths))
+        contents = [b""] * len(refs)
+        for i, ref in enumerate(refs):
+            with suppress(OSError, ValueError):
+                contents[i] = (root / ref.path).read_bytes()
+        return digest(*contents)
 
 
 def _samples(lines: Sequence[tuple[str, bytes]]) -> list[_Sample]:
@@ -240,8 +243,8 @@ def _samples(lines: Sequence[tuple[str, bytes]]) -> list[_Sample]:
         try:
             record = parse_record(line, source)
         except RecordError as error:
-            with suppress(ValueError):
-                said = json.loads(line)
+            with suppress(ValueError, RecursionError):  # so that its error counts for its task
+                said = json.loads(json.dumps(json.loads(line), ensure_ascii=False).encode())
             samples.append(_Sample(None, said if isinstance(said, dict) else {}, _told(error)))
             continue
         name = Path(record.input_image)

@@ -104,15 +104,25 @@ def test_failed_samples_are_counted_and_the_rest_goes_on(restorer, pairs, tmp_pa
         json.dumps(good | {"input_img": [{"path": "dot.png"}]}),
         json.dumps({k: v for k, v in good.items() if k != "output_img"}),
         json.dumps(good | {"message": [{"from": "human", "value": "<image>"}]}),
+        json.dumps(good | {"input_img": [{"path": "n" * 300}]}),
+        json.dumps(good | {"input_img": [{"path": "images"}]}),
+        json.dumps(good | {"input_img": [{"path": "a\0b.png"}]}),
+        json.dumps(good | {"main_task_type": "\ud800"}),
+        "[" * 100_000,
     ]
     (tmp_path / "test.jsonl").write_text("\n".join([*bad, json.dumps(good)]) + "\n")
     statistics = run(
         restorer, config(pairs, tmp_path / "out", annotation_file=tmp_path / "test.jsonl")
     )
-    assert statistics["overall"]["total_samples"] == 7
-    assert statistics["overall"]["n_failed"] == 6
+    assert statistics["overall"]["total_samples"] == 12
+    assert statistics["overall"]["n_failed"] == 11
+    assert {name: task["n_failed"] for name, task in statistics["by_task_type"].items()} == {
+        good["main_task_type"]: 8,
+        "None": 3,
+    }
     errors = [r.get("error", "") for r in results(tmp_path / "out")]
-    expected = (":1: no JSON", "missing.png", "cut.png", "dot.png", "output_img", "empty", "")
+    expected = [":1: no JSON", "missing.png", "cut.png", "dot.png", "output_img", "empty"]
+    expected += ["n" * 300, "images", "null", "surrogate", ":11: no JSON", ""]
     assert all(part in error for part, error in zip(expected, errors, strict=True))
 
 
