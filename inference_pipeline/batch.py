@@ -149,10 +149,10 @@ def _print(statistics: dict[str, Any], protocols: tuple[str, ...]) -> None:
         for task, summary in statistics["by_task_type"].items():
             found = f"{summary['total_samples']} samples, {summary['n_failed']} failed"
             for kind in KINDS:
-                names = [f"{prefix}{metric}{kind}_mean" for metric in ("psnr", "ssim")]
-                if all(name in summary for name in names):
-                    psnr, ssim = (summary[name] for name in names)
-                    found += f", {kind.strip('_') or 'restored'} {psnr:.2f}/{ssim:.3f}"
-                if equal := summary.get(f"{prefix}n_equal{kind}"):
-                    found += f" ({equal} equal)"
+                psnr, ssim = (summary.get(f"{prefix}{n}{kind}_mean") for n in ("psnr", "ssim"))
+                if ssim is not None:
+                    shown = "-" if psnr is None else f"{psnr:.2f}"
+                    found += f", {kind.strip('_') or 'restored'} {shown}/{ssim:.3f}"
+                    if equal := summary.get(f"{prefix}n_equal{kind}"):
+                        found += f" ({equal} equal)"
             print(f"  {task}: {found}")

@@ -60,10 +60,15 @@ class Run:
     def split(self) -> str:
         return self.settings["split"]
 
-    @property
-    def test_set(self) -> tuple[Any, ...]:
-        """Equal for folders whose numbers may stand side by side: same name, same samples."""
-        return self.split, *((i, str(r.get("input_img"))) for i, r in sorted(self.results.items()))
+    def beside(self, other: "Run") -> bool:
+        """Whether numbers may stand side by side: one name, samples of one name and content."""
+        pairs = [(r, other.results.get(i, {})) for i, r in self.results.items()]
+        return (
+            (self.split, self.results.keys()) == (other.split, other.results.keys())
+            and all(str(a.get("input_img")) == str(b.get("input_img")) for a, b in pairs)
+            # Empty for images that could not be read, absent in folders of the users' scripts.
+            and all(len({r["images"] for r in pair if r.get("images")}) < 2 for pair in pairs)
+        )
 
     def ranked(self) -> dict[str, list[int]]:
         """Ids of the restored samples of every task, the worst first."""
@@ -192,20 +197,24 @@ def _description(result: Json) -> Json:
 
 def page_data(runs: list[Run], white: float, max_bytes: int) -> Json:
     """Everything that the page shows, ready for JSON."""
-    sets: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    sets: list[list[int]] = []
     for index, run in enumerate(runs):
-        sets[run.test_set].append(index)
+        fitting = [members for members in sets if all(run.beside(runs[i]) for i in members)]
+        if not fitting:
+            sets.append([])
+            fitting = sets[-1:]
+        fitting[0].append(index)
     album = Album(max_bytes)
     return {
         "created": datetime.now(UTC).isoformat(timespec="minutes"),
         "ranked_by": RANKED_BY,
         "error_white": white,
         "max_megabytes": max_bytes / 2**20,
-        "samples": samples([*sets.values()], runs, album, white),
+        "samples": samples(sets, runs, album, white),
         "left_out": album.left_out,
         "images": album.uris,
         "protocols": {p: f"protocol {describe(p)}" for p in PROTOCOLS} | TEXT_PROTOCOLS,
-        "tests": [{"split": key[0], "runs": members} for key, members in sets.items()],
+        "tests": [{"split": runs[members[0]].split, "runs": members} for members in sets],
         "runs": [
             {
                 "name": run.name,

@@ -15,7 +15,8 @@ from .metrics import PROTOCOL
 
 SETTINGS, RESULTS, STATISTICS = "settings.json", "results.jsonl", "statistics.json"
 PATHS = "paths"
-"""Key of settings that say where things were, which changes no result."""
+NAMES = (PATHS, "model_id", "step", "split")
+"""Keys of settings that say where things were and what they are called: they change no result."""
 LAST_COLUMNS = ("n_failed", "protocol")
 """Stand behind those of the users' own tables."""
 
@@ -58,7 +59,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS
     text = json.dumps(settings, indent=2, default=str) + "\n"
     known, ours = read_json(path) if path.exists() else {}, json.loads(text)
-    keys = [key for key in {**known, **ours} if known and key != PATHS]
+    keys = [key for key in {**known, **ours} if known and key not in NAMES]
     if other := [key for key in keys if known.get(key) != ours.get(key)]:
         raise ResumeError(
             f"{folder} holds results of another configuration (see {', '.join(other)} in "

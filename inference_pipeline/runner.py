@@ -35,6 +35,7 @@ from .restorer import PromptStyle, Restoration, Restorer
 from .results import (
     PATHS,
     RESULTS,
+    SETTINGS,
     STATISTICS,
     ResumeError,
     claim,
@@ -98,14 +99,17 @@ def run(restorer: Restorer, config: RunConfig, processes: Processes = ALONE) -> 
     lock = ExitStack()
 
     def begin() -> dict[int, Result]:
-        lock.enter_context(_locked(config.output_dir))
+        folder = config.output_dir
+        lock.enter_context(_locked(folder))
+        if (folder / RESULTS).exists() and not (folder / SETTINGS).exists():
+            raise ResumeError(f"{folder}: results without {SETTINGS}: choose another --output_dir")
         _claim_folder(restorer, config, annotations)
-        found, root = _merged(config.output_dir), config.image_root
-        # Of images that have changed since, there is no result yet.
+        found = _merged(folder)
+        (folder / STATISTICS).unlink(missing_ok=True)  # until they are of all that is asked
         return {
             i: found[i]
             for i, sample in enumerate(samples)
-            if i in found and ("error" in found[i] or found[i]["images"] == sample.digest(root))
+            if i in found and not sample.has_changed(found[i], config.image_root)
         }
 
     with lock:
@@ -176,8 +180,9 @@ def _claim_folder(restorer: Restorer, config: RunConfig, annotations: bytes) -> 
         "split": config.annotation_file.stem,
         "resize_rules": [asdict(rule) for rule in (task.vae_rule, task.vit_rule)],
     }
-    names = ("annotation_file", "image_root")
+    names = ("annotation_file", "image_root", "lpips_weights")
     settings[PATHS] = {"checkpoint": folder} | {name: settings.pop(name) for name in names}
+    settings["lpips"] = config.lpips_weights and digest(config.lpips_weights.read_bytes())
     # These change no result, but for the rounding of matrix products.
     for name in ("output_dir", "num_samples", "batch_size"):
         del settings[name]
@@ -227,13 +232,16 @@ class _Sample:
     """Of its images, relative to the output folder; no other sample has the same."""
 
     def digest(self, root: Path) -> str:
-        """Of its images; those that cannot be read count as empty."""
+        """Of its images; empty where one cannot be read."""
         refs = (*self.record.inputs, *self.record.outputs) if self.record else ()
-        contents = [b""] * len(refs)
-        for i, ref in enumerate(refs):
-            with suppress(OSError, ValueError):
-                contents[i] = (root / ref.path).read_bytes()
-        return digest(*contents)
+        try:
+            return digest(*((root / ref.path).read_bytes() for ref in refs))
+        except (OSError, ValueError):
+            return ""
+
+    def has_changed(self, result: Result, root: Path) -> bool:
+        """Whether a result is of other images; one that is there outlives a disk that is not."""
+        return "error" not in result and self.digest(root) not in ("", result["images"])
 
 
 def _samples(lines: Sequence[tuple[str, bytes]]) -> list[_Sample]:

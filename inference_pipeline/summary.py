@@ -98,6 +98,8 @@ def paired(a: Sequence[Result], b: Sequence[Result], number: str = "psnr") -> Pa
         inputs = [str(rows[i].get("input_img")) if i in rows else "-" for rows in (rows_a, rows_b)]
         if inputs[0] != inputs[1]:
             raise ValueError(f"the test sets differ: sample {i} is {inputs[0]} and {inputs[1]}")
+        if len({r["images"] for r in (rows_a[i], rows_b[i]) if r.get("images")}) > 1:
+            raise ValueError(f"the test sets differ: images of sample {i}, {inputs[0]}, changed")
     pairs = [(rows_a[i], rows_b[i]) for i in rows_a]
     good = [pair for pair in pairs if not any("error" in r for r in pair)]
     numbers = {k for pair in good for r in pair for k, v in r.items() if isinstance(v, int | float)}

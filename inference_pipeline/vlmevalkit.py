@@ -31,7 +31,7 @@ from data.images import read_image
 from modeling.bagel.generation import TextConfig
 
 from .restorer import Restorer
-from .results import claim, command, digest, mark_of
+from .results import claim, command, digest, mark_of, replace_text
 
 Row = dict[str, str]
 Request = tuple[list[Image.Image], str]
@@ -134,13 +134,17 @@ def run(
     # A line that a kill cut off does not count; a failed row is tried again.
     lines = log.read_text().split("\n")[:-1] if log.exists() else []
     done = {place: found for place, found in map(json.loads, lines) if not found["error"]}
-    log.write_text("".join(json.dumps(item) + "\n" for item in done.items()))
+    for place in [*done]:  # of files that have changed since, there is no answer yet
+        if _files(rows[place], tsv.parent) not in ("", done[place]["files"]):
+            del done[place]
+    replace_text(log, "".join(json.dumps(item) + "\n" for item in done.items()))
     todo = [place for place in range(len(rows)) if place not in done]
     by_index = {row["index"]: row for row in reversed(rows)}
     with log.open("a", buffering=1) as file:
 
         def record(place: int, prediction: str = "", error: str = "") -> None:
-            done[place] = {"prediction": prediction, "error": error}
+            files = _files(rows[place], tsv.parent)
+            done[place] = {"prediction": prediction, "error": error, "files": files}
             file.write(json.dumps([place, done[place]]) + "\n")
 
         def requests(places: list[int], asked: list[int]) -> Iterator[Request]:
@@ -170,13 +174,23 @@ def run(
 
         for _ in track(ask(todo, batch_size), total=len(todo)):
             pass
-    rows = [row | done[place] for place, row in enumerate(rows)]
+    told = ("prediction", "error")
+    rows = [row | {key: done[place][key] for key in told} for place, row in enumerate(rows)]
     with (output_dir / f"{model}_{tsv.stem}.tsv").open("w", newline="", encoding="utf-8") as sheet:
         columns = [name for name in rows[0] if name not in ("image", "")]
         writer = csv.DictWriter(sheet, columns, dialect="excel-tab", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     return rows
+
+
+def _files(row: Row, folder: Path) -> str:
+    """Digest of the image files that a row names; empty where one cannot be read."""
+    try:
+        paths = [] if row.get("image") else cells(row, "image_path")
+        return digest(*((folder / path).read_bytes() for path in paths))
+    except (OSError, ValueError, SyntaxError, MemoryError, RecursionError):
+        return ""
 
 
 def _claim_folder(restorer: Restorer, tsv: Path, output_dir: Path, text: TextConfig) -> str:

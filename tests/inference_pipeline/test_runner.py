@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from data.transforms import ResizeRule
 from inference_pipeline.metrics import scores
 from inference_pipeline.restorer import DEFAULT_RULES, Restorer
-from inference_pipeline.runner import ResumeError, RunConfig, run
+from inference_pipeline.runner import ResumeError, RunConfig, _claim_folder, run
 from modeling.bagel.generation import SamplingConfig, TextConfig
 from modeling.pretrained import PREPROCESSOR_FILE
 from scripts.tiny.make_pairs import test_records as make_test_records
@@ -188,6 +188,53 @@ def test_a_folder_is_of_one_content_wherever_it_lies(restorer, pairs, tmp_path):
     save_file(tensors | {"llm2vae.bias": tensors["llm2vae.bias"] / 2}, weights)
     with pytest.raises(ResumeError, match="see checkpoint in settings.json"):
         run(Restorer.load(folder), config(pairs, tmp_path / "bare", num_samples=1))
+
+
+def test_names_of_files_are_no_content(restorer, pairs, tmp_path):
+    """A checkpoint, a test set and weights of LPIPS by other names; other weights at one path."""
+    copy = Restorer.load(shutil.copytree(CHECKPOINT, tmp_path / "run" / "0000020"))
+    test_set, weights = tmp_path / "renamed.jsonl", [tmp_path / "a.st", tmp_path / "b.st"]
+    shutil.copy(pairs / "test.jsonl", test_set)
+    for path in weights:
+        path.write_bytes(b"same")
+    lines, output = test_set.read_bytes(), tmp_path / "out"
+    first = config(pairs, output, lpips_weights=weights[0])
+    _claim_folder(restorer, first, lines)
+    other = config(pairs, output, lpips_weights=weights[1], annotation_file=test_set)
+    _claim_folder(copy, other, lines)
+    settings = json.loads((output / "settings.json").read_text())
+    assert (settings["model_id"], settings["step"]) == ("run/0000020", 20)
+    assert settings["split"] == "renamed"
+    weights[1].write_bytes(b"other")
+    with pytest.raises(ResumeError, match="see lpips in settings.json"):
+        _claim_folder(copy, other, lines)
+
+
+def test_images_that_are_away_do_not_cost_their_results(restorer, pairs, finished, tmp_path):
+    output = shutil.copytree(finished[0], tmp_path / "out")
+    before = results(output)
+    run(restorer, config(pairs, output, image_root=tmp_path / "not_mounted"))
+    assert results(output) == before
+
+
+def test_a_folder_of_others_is_left_as_it_is(restorer, pairs, tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"sample_id": 0, "psnr": 30.0}\n')
+    with pytest.raises(ResumeError, match="results without settings.json"):
+        run(restorer, config(pairs, tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "results.jsonl"}
+
+
+def test_statistics_are_there_when_all_samples_are(restorer, pairs, tmp_path, monkeypatch):
+    run(restorer, config(pairs, tmp_path, num_samples=2))
+    assert (tmp_path / "statistics.json").exists()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("inference_pipeline.runner._Batch.restored", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(restorer, config(pairs, tmp_path))
+    assert len(results(tmp_path)) == 2 and not (tmp_path / "statistics.json").exists()
 
 
 def test_samples_whose_images_have_changed_are_restored_anew(restorer, pairs, tmp_path):

@@ -124,6 +124,12 @@ def test_what_cannot_be_paired():
     other = [*a[:2], a[2] | {"input_img": [{"path": "other.png"}]}]
     with pytest.raises(ValueError, match=r"test sets differ: sample 2 is .*2\.png.*other\.png"):
         paired(a, other)
+    seen, changed = ([r | {"images": f"{r['sample_id']}{x}"} for r in a] for x in "ab")
+    assert paired(seen, seen).n == paired(seen, a).n == 3
+    with pytest.raises(
+        ValueError, match=r"test sets differ: images of sample 0, .*0\.png.*changed"
+    ):
+        paired(seen, changed)
     with pytest.raises(ValueError, match="test sets differ: sample 2 is .* and -"):
         paired(a, a[:2])
     with pytest.raises(ValueError, match="did you mean 'psnr'"):

@@ -216,6 +216,13 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     run(Asked(), tsv, tmp_path / "whole", SHORT)
     assert only(output).read_bytes() == only(tmp_path / "whole").read_bytes()
     assert len(log.read_text().splitlines()) == 6
+    for image, asked_now in ((picture(3), ["q2"]), (None, [])):  # changed, then not to be read
+        (tmp_path / "late.png").unlink()
+        if image:
+            image.save(tmp_path / "late.png")
+        run(again := Asked(), tsv, output, SHORT)
+        assert again.questions == asked_now
+    assert list(read(only(output))["prediction"]) == [f"q{i}" for i in range(6)]
 
 
 def test_a_batch_that_fails_goes_on_one_by_one(tmp_path):
