@@ -3,6 +3,7 @@
 import io
 import posixpath
 import re
+import tarfile
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,7 +35,7 @@ def within(folder: Place, name: str) -> Place:
 def folder_of(where: Place, suffix: str = "") -> Place:
     """The folder of a file, whose name ends so; anything else is a folder itself."""
     if isinstance(where, Path):
-        return where.parent if where.name.endswith(suffix) else where
+        return where.parent if where.name.endswith(suffix) and not where.is_dir() else where
     is_file = INSIDE.findall(where)[0].endswith(suffix)
     return INSIDE.sub(lambda path: posixpath.dirname(path[0]), where, 1) if is_file else where
 
@@ -48,7 +49,7 @@ def _system(where: Place) -> tuple[Any, Any]:
         if re.match("[^:]+://.*::", where):
             return KEPT(INSIDE.sub("", where, 1))[0], INSIDE.findall(where)[0]
         return fsspec.core.url_to_fs(where)
-    except (ImportError, BadZipFile) as error:
+    except (ImportError, BadZipFile, tarfile.TarError) as error:
         raise OSError(f"{where}: {error}") from error
 
 
@@ -73,7 +74,7 @@ def files_of(where: Place, suffix: str) -> list[Place]:
     if isinstance(where, Path):
         return [*sorted(where.glob(f"*{suffix}"))]
     system, path = _system(where)
-    found = sorted(system.glob(f"{path}/*{suffix}"))
+    found = sorted(system.glob(f"{path.rstrip('/')}/*{suffix}"))
     return [within(where, posixpath.basename(name)) for name in found]
 
 

@@ -3,7 +3,7 @@
 PNG, JPEG and TIFF (its first page), 8, 16 and 32 bits, grey, RGB and RGBA; DICOM and NIfTI.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from io import BytesIO
@@ -30,7 +30,7 @@ from .volumes import (
 
 GREY_RANGES = {"F": (0.0, 1.0), "I": (0.0, 65535.0)}
 """Values of black and white by the first letter of a mode of more than 8 bits."""
-
+ALIKE = "state one window in both, or write PNG images of one value_range, as make_pairs.py does"
 
 ImageFile = str | Path | BinaryIO
 """A file, or one that is open or in memory."""
@@ -96,15 +96,23 @@ def read_image(path: ImageFile, paired: bool = False) -> Image.Image:
     if file_kind(path) != "image":
         scan = read_scan(path)
         if scan.is_volume:
-            slices = len(scan.values)
-            raise ImageError(f"{path}: a volume of {slices} slices; make_pairs.py makes images")
+            raise ImageError(f"{path}: a volume of {len(scan.values)} slices: see make_pairs.py")
         if paired and scan.guessed:
-            way = "state one in both, or write PNG images of one value_range, as make_pairs.py does"
-            raise ImageError(f"{path}: no window, and a guess scales a pair unequally: {way}")
-        return _eight_bits(scan)
+            raise ImageError(f"{path}: no window, and a guess scales a pair unequally: {ALIKE}")
+        image = _eight_bits(scan)
+        window = "window {} to {}{}".format(*scan.value_range, scan.curve)
+        image.info |= {"dicom_window": window} if paired else {}
+        return image
     with _opened(path) as image:
         image.load()
         return to_rgb(image)
+
+
+def require_one_window(source: str, images: Iterable[Image.Image]) -> None:
+    """Raises ImageError where DICOM files that were read as `paired` are not scaled alike."""
+    windows = sorted({i.info["dicom_window"] for i in images if "dicom_window" in i.info})
+    if len(windows) > 1:
+        raise ImageError(f"{source}: {' and '.join(windows)} scale a pair unequally: {ALIKE}")
 
 
 def image_size(path: ImageFile) -> tuple[int, int]:

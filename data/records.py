@@ -100,7 +100,7 @@ def record_of(raw: Mapping[str, Any], source: str, form: Form = RESTORATION) -> 
         _entries(raw, getattr(form, part), part in form.needs, source, read)
         for part, read in (("inputs", _image), ("outputs", _image), ("texts", _message))
     )
-    videos = not inputs + outputs and (raw.get("video") or raw.get("videos"))
+    videos = form.inputs and not inputs + outputs and (raw.get("video") or raw.get("videos"))
     if videos or any("<video>" in text for _, text in messages):
         raise RecordError(f"{source}: videos are not read: give their frames as images")
     if "texts" in form.needs and all(who != "human" for who, _ in messages):

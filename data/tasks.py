@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from .files import NamedBytes, Place, open_binary, within
-from .images import ImageError, image_size, read_image
+from .images import ImageError, image_size, read_image, require_one_window
 from .packer import Sample, Segment, TextSegment, VaeSegment, VitSegment
 from .records import IMAGE_TAG, Form, ImageRef, Record, RecordError, Size
 from .tokenizer import Tokenizer
@@ -85,10 +85,13 @@ class Task(ABC):
         """The segments with their pixels; `seed` is that of what the task chooses.
 
         Raises RecordError when the record does not suit the task or states another size than an
-        image has, and ImageError when an image cannot be read.
+        image has, and ImageError when an image cannot be read or those of a pair differ in window.
         """
-        images = lambda ref: decoded(record, folder, ref, self.form.paired)  # noqa: E731
-        return Sample(record.source, self.segments(record, images, Random(seed)))
+        seen, paired = dict[ImageRef, Image.Image](), self.form.paired
+        images = lambda ref: seen.setdefault(ref, decoded(record, folder, ref, paired))  # noqa: E731
+        segments = self.segments(record, images, Random(seed))
+        require_one_window(record.source, seen.values())
+        return Sample(record.source, segments)
 
     def outline(self, record: Record, folder: Place, seed: int = 0) -> Sample:
         """The sample without pixels, to count its tokens: its images lie on the meta device.
@@ -318,7 +321,7 @@ def _file(folder: Place, ref: ImageRef) -> Path | NamedBytes:
     try:
         with open_binary(where) as opened:
             return NamedBytes(opened.read(), where)
-    except (OSError, ValueError, BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, RuntimeError, BadZipFile, zlib.error) as error:
         lost = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
         raise (UnreachableError if lost else ImageError)(f"{where}: {error}") from error
 
@@ -326,6 +329,13 @@ def _file(folder: Place, ref: ImageRef) -> Path | NamedBytes:
 def open_image(folder: Place, ref: ImageRef, paired: bool = False) -> Image.Image:
     """Raises ImageError as `read_image` does."""
     return read_image(_file(folder, ref), paired)
+
+
+def open_pair(record: Record, folder: Place) -> tuple[Image.Image, Image.Image]:
+    """First input and first output, scaled alike. Raises ImageError."""
+    given, target = (open_image(folder, ref, True) for ref in (record.inputs[0], record.outputs[0]))
+    require_one_window(record.source, (given, target))
+    return given, target
 
 
 def decoded(record: Record, folder: Place, ref: ImageRef, paired: bool = False) -> Image.Image:

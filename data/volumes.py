@@ -64,6 +64,8 @@ class Scan:
     spacing: tuple[float, ...] = ()
     """mm between slices (of a volume; nan if unknown), rows and columns; empty if all unknown."""
     colour: bool = False
+    curve: str = ""
+    """Names the table or sigmoid that replaced the values, if any."""
     guessed: bool = False
     """Whether `value_range` is that of the values, since the file states none."""
 
@@ -163,7 +165,7 @@ def read_dicom(
         placed = len(paths) > 1 or len({str(h.get("ImagePositionPatient")) for h in headers}) > 1
         order = _order(headers) if placed else range(len(headers))
         ordered = [headers[i] for i in order]
-        if gaps := _gaps(_steps(ordered)):
+        if len(steps := _steps(ordered)) and (gaps := _gaps(steps)):
             warnings.warn(f"{name}: slices are missing: {gaps}", stacklevel=2)
         return _stacked([scans[i] for i in order], ordered)
 
@@ -209,10 +211,11 @@ def _shown(dataset: Any, pixels: np.ndarray, value_range: Range | None) -> Scan:
     if value_range is None and dataset.get("VOILUTSequence"):
         values = pydicom.apply_voi(np.round(values).astype(np.int64), dataset)
         value_range, known["unit"] = (0, 2 ** dataset.VOILUTSequence[0].LUTDescriptor[2] - 1), ""
-    elif value_range is None and dataset.get("VOILUTFunction") == "SIGMOID":
+        known["curve"] = f" by table {zlib.crc32(dataset.VOILUTSequence[0].to_json().encode()):08x}"
+    elif value_range is None and dataset.get("VOILUTFunction") == "SIGMOID" and _window(dataset):
         low, high = pydicom.apply_windowing(np.array([-np.inf, np.inf]), dataset)
         values, value_range = pydicom.apply_windowing(values, dataset), (low, high)
-        known["unit"] = ""
+        known |= {"unit": "", "curve": f" by sigmoid {_window(dataset)}"}
     stated = value_range or _window(dataset) or _stored_range(dataset)
     ends, known["guessed"] = stated or _brightness(values), not stated
     low, high = map(float, ends[::-1] if kind == "MONOCHROME1" else ends)

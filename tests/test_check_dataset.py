@@ -61,8 +61,8 @@ def rewritten(lines: Path, change: Any) -> list[str]:
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory) -> Path:
-    """Of restoration: line 1 and 13 are good. Of questions about images: line 1. `test` holds an
-    image and a volume of the first set."""
+    """Of restoration: lines 1, 11 and 13 are good. Of questions about images: line 1. `test` holds
+    an image and a volume of the first set."""
     folder = tmp_path_factory.mktemp("damaged")
     pairs, images = write_pairs(folder / "pairs", 12), folder / "pairs" / "images"
     for i in range(12):  # those of one size are all the same
@@ -133,8 +133,8 @@ def test_every_finding_with_its_line(checkpoint, damaged, tmp_path, capsys):
         ("pairs", 9, "too_long", f"{lines}:9: "),
         ("pairs", 10, "in_test_set", "images/9_clean.png is in the test set too: "
          f"{held_out}:1 as other_name.bmp"),
-        ("pairs", 11, "in_test_set", "a volume named IXI012 of data set ixi is in the test set "
-         f"too: {held_out}:2 as a volume named IXI012 of data set ixi"),
+        ("pairs", 11, "volume_in_test_set", "a volume named IXI012 of data set ixi is in the test "
+         f"set too: {held_out}:2"),
         ("pairs", 14, "bad_record", f"{lines}:14: no JSON: Expecting property name"),
         ("asked", 2, "bad_record", f"{folder.parent}/asked/train.jsonl:2: 2 <image> for 1 images"),
         ("asked", 3, "bad_record", f"{folder.parent}/asked/train.jsonl:3: the conversation holds"),
@@ -146,7 +146,7 @@ def test_every_finding_with_its_line(checkpoint, damaged, tmp_path, capsys):
         assert [row for row in found if row[:3] == (name, line, reason) and message in row[3]]
     text, told = (tmp_path / "report.txt").read_text(), capsys.readouterr().out
     assert re.search(
-        r"^pairs +13 +2 .* bad_record 4, image_tags 1, in_test_set 2, missing", text, re.M
+        r"^pairs +13 +3 .* bad_record 4, image_tags 1, in_test_set 1, missing", text, re.M
     )
     assert re.search(r"^asked +3 +1 ", text, re.M)
     assert f"missing_image: {lines}:3: {images}/2_input.png: [Errno 2]" in text
@@ -237,6 +237,56 @@ def test_pairs_without_a_window_are_found(checkpoint, tmp_path):
     assert {row[:3] for row in found} == {("pairs", 1, "unreadable_image")} and len(found) == 2
     assert all("no window, and a guess scales a pair unequally" in row[3] for row in found)
     assert f"{lines}:1" in (tmp_path / "out" / "report.txt").read_text()
+
+
+def test_pairs_of_two_windows_are_found(checkpoint, tmp_path):
+    lines, ramp = write_pairs(tmp_path / "pairs", 2), np.arange(256).reshape(16, 16)
+    for i, widths in enumerate([(2000, 1000), (1000, 1000)]):
+        for name, width in zip(("input", "clean"), widths, strict=True):
+            path = tmp_path / "pairs" / "images" / f"{i}_{name}.png"
+            written(dataset(ramp, WindowCenter=width // 2, WindowWidth=width), path)
+    for line in (records := [json.loads(line) for line in lines.read_text().splitlines()]):
+        for key in ("input_img", "output_img"):
+            line[key] = [line[key][0]["path"]]
+    lines.write_text("\n".join(map(json.dumps, records)))
+    mixture = write_mixture(tmp_path / "mixture.yaml", tmp_path / "pairs")
+    source = f"--dataset_config_file={mixture}", f"--model_path={checkpoint}"
+    assert main(arguments(tmp_path / "out", *source)) == 1
+    ((name, line, reason, message),) = findings(tmp_path / "out")
+    assert (name, line, reason) == ("pairs", 1, "unreadable_image")
+    windows = "window 0.0 to 1999.0 and window 0.0 to 999.0 scale a pair unequally: state one"
+    assert message.startswith(f"{lines}:1: {windows} window in both")
+
+
+def test_a_volume_is_told_once_and_spoils_no_record(checkpoint, tmp_path, monkeypatch):
+    """Slabs of a single volume, as make_pairs.py cuts them, and another volume of the test set."""
+    monkeypatch.setattr(dataset_checks, "RECORDS_PER_JOB", 2)
+    for folder, kinds in (("pairs", "aaaaab"), ("test", "aab")):
+        lines = write_pairs(tmp_path / folder, len(kinds))
+        for i in range(len(kinds)):
+            for part in ("input", "clean"):
+                path = tmp_path / folder / "images" / f"{i}_{part}.png"
+                shade = np.uint8(i + 1 + 100 * (folder == "test"))
+                Image.fromarray(np.asarray(Image.open(path)) ^ shade).save(path)
+        change = lambda n, r, kinds=kinds: r.update(volume=kinds[n], dataset="ixi")  # noqa: E731
+        lines.write_text("\n".join(rewritten(lines, change)))
+    mixture = write_mixture(tmp_path / "mixture.yaml", tmp_path / "pairs")
+    test, train = tmp_path / "test" / "train.jsonl", tmp_path / "pairs" / "train.jsonl"
+    source = f"--dataset_config_file={mixture}", f"--model_path={checkpoint}", "--against", test
+    for run in ("whole", "parts"):
+        limits = {"max_errors": 1} if run == "parts" else {}
+        assert main(arguments(tmp_path / run, *source, **limits)) == 1
+    assert len(findings(tmp_path / "parts")) == 1
+    assert main(arguments(tmp_path / "parts", *source, "--resume")) == 1
+    for run in ("whole", "parts"):
+        told = "a volume named {0} of data set ixi is in the test set too: {1}:{2}"
+        assert findings(tmp_path / run) == {
+            ("pairs", 1, "volume_in_test_set", told.format("a", test, 1)),
+            ("pairs", 6, "volume_in_test_set", told.format("b", test, 3)),
+        }
+        text = (tmp_path / run / "report.txt").read_text()
+        assert re.search(r"^pairs +6 +6 .* volume_in_test_set 2$", text, re.M)
+        assert f"volume_in_test_set: {train}:1: a volume named a of" in text
 
 
 def test_letters_that_a_font_lacks_are_escaped():

@@ -27,7 +27,7 @@ from data.packer import Segment, TextSegment
 from data.records import Record
 from data.scores import PSNR_OF_EQUAL_IMAGES, references, scores
 from data.sources import good_records
-from data.tasks import RestorationTask, filled, open_image
+from data.tasks import RestorationTask, filled, open_pair
 from data.tokenizer import Tokenizer
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.context import Context
@@ -91,13 +91,7 @@ def first_pairs(mixture: Sequence[GroupConfig], tokenizer: Tokenizer, count: int
                     found[task].append((record, dataset.data_dir, prompts))
     in_turn = chain.from_iterable(zip_longest(*([(t, *x) for x in f] for t, f in found.items())))
     return [
-        Pair(
-            task,
-            prompts,
-            record,
-            open_image(folder, record.inputs[0], paired=True),
-            open_image(folder, record.outputs[0], paired=True),
-        )
+        Pair(task, prompts, record, *open_pair(record, folder))
         for task, record, folder, prompts in islice(filter(None, in_turn), count)
     ]
 

@@ -40,7 +40,7 @@ from data.tokenizer import Tokenizer  # noqa: E402
 from data.transforms import ResizeRule  # noqa: E402
 from data.volumes import UnreachableError  # noqa: E402
 from scripts.tools import dataset_report  # noqa: E402
-from scripts.tools.dataset_checks import Checker, Finding, HeldOut, Outcome  # noqa: E402
+from scripts.tools.dataset_checks import VOLUME, Checker, Finding, HeldOut, Outcome  # noqa: E402
 
 RULES_OF = "configs/data/finetuned_example.yaml"
 """Has the resize rules for a folder of JSONL files."""
@@ -58,6 +58,8 @@ class Checked:
     findings: list[Finding] = field(default_factory=list)
     held_out: dict[str, str] = field(default_factory=dict)
     """Images and volumes of the test sets by key, with their names and sources."""
+    told: dict[str, str] = field(default_factory=dict)
+    """Sources of the findings about volumes, by data set and name."""
 
     def take(self, outcome: Outcome, checker: Checker) -> list[Finding]:
         """Returns the findings that are new."""
@@ -68,6 +70,13 @@ class Checked:
             elif twin := self.held_out.get(key):
                 text = f"{name} is in the test set too: {twin}"
                 new.append(Finding(outcome.dataset, source, "in_test_set", text))
+        for name, source in outcome.volumes.items():
+            if isinstance(dataset, HeldOut):
+                self.held_out.setdefault(name, source)
+            elif name in self.held_out and f"{outcome.dataset}:{name}" not in self.told:
+                self.told[f"{outcome.dataset}:{name}"] = source
+                text = f"{name} is in the test set too: {self.held_out[name]}"
+                new.append(Finding(outcome.dataset, source, VOLUME, text))
         self.findings += new
         self.lengths[outcome.dataset].update(outcome.tokens)
         self.done += 1
@@ -91,6 +100,7 @@ class Checked:
                 self.lengths = [Counter(found) for found in lengths]
                 self.findings = [Finding(*found) for found in content["findings"]]
                 self.done, self.held_out = content["done"], content["held_out"]
+                self.told = content["told"]
                 return
 
 

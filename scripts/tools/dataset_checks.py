@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from data.files import Place
-from data.images import ImageError
+from data.images import ImageError, require_one_window
 from data.records import Record, RecordError
 from data.sources import JsonlRecords
 from data.stream import Bad, Dataset, Planner
@@ -18,6 +18,8 @@ from data.tasks import decoded, require_tags
 from data.volumes import UnreachableError
 
 RECORDS_PER_JOB = 32
+VOLUME = "volume_in_test_set"
+"""Reason of a finding about all records of a volume, none of which it makes bad."""
 CHOICES = 8
 """How often a record is laid out whose task chooses."""
 
@@ -54,8 +56,10 @@ class Outcome:
     tokens: list[int] = field(default_factory=list)
     """Of each sample that a pack can have."""
     seen: list[tuple[str, str, str]] = field(default_factory=list)
-    """Key, name and source of each image and volume; equal pixels have equal keys. Empty without
-    any held-out set."""
+    """Key, name and source of each image; equal pixels have equal keys. Empty without any
+    held-out set."""
+    volumes: dict[str, str] = field(default_factory=dict)
+    """Sources of the first records by the names of volumes; empty likewise."""
 
 
 class Checker(torch.utils.data.Dataset):
@@ -85,6 +89,10 @@ class Checker(torch.utils.data.Dataset):
             found[str(error)] = reason_of(error)
         else:
             outcome.seen.extend(self._images(record, dataset, found))
+            if self.held_out and (volume := record.raw.get("volume")):
+                # Unrelated data sets have volumes of one name: `sub-01_T1w`.
+                of = f" of data set {record.raw['dataset']}" if record.raw.get("dataset") else ""
+                outcome.volumes.setdefault(f"a volume named {volume}{of}", record.source)
             if isinstance(dataset, Dataset):
                 outcome.tokens.extend(self._measure(number, index, record, found))
         source = dataset.records.source(index)
@@ -94,6 +102,7 @@ class Checker(torch.utils.data.Dataset):
         self, record: Record, dataset: Dataset | HeldOut, found: dict[str, str]
     ) -> Iterator[tuple[str, str, str]]:
         """Decodes all images; `found` gets reasons by message."""
+        images = []
         for ref in (*record.inputs, *record.outputs):
             try:
                 image = decoded(record, dataset.folder, ref, dataset.records.form.paired)
@@ -102,13 +111,13 @@ class Checker(torch.utils.data.Dataset):
             except (RecordError, ImageError) as error:
                 found[str(error)] = reason_of(error)
                 continue
+            images.append(image)
             if self.held_out:
                 yield pixel_hash(image), ref.path, record.source
-        if self.held_out and (volume := record.raw.get("volume")):
-            # Unrelated data sets have volumes of one name: `sub-01_T1w`.
-            of = f" of data set {record.raw['dataset']}" if record.raw.get("dataset") else ""
-            name = f"a volume named {volume}{of}"
-            yield name, name, record.source
+        try:
+            require_one_window(record.source, images)
+        except ImageError as error:
+            found[str(error)] = reason_of(error)
 
     def _measure(self, number: int, index: int, record: Record, found: dict[str, str]) -> list[int]:
         """Tokens of the sample, if a pack can have it; `found` gets what speaks against it."""

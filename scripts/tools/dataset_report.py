@@ -16,7 +16,7 @@ from data.records import RecordError
 from data.stream import Dataset, Planner
 from data.tasks import open_image
 
-from .dataset_checks import Checker, Finding
+from .dataset_checks import VOLUME, Checker, Finding
 
 REPORT, TABLE, SHEET = "report.txt", "report.csv", "contact_sheet.png"
 TILE, LINE = 192, 16
@@ -56,7 +56,8 @@ def summary(checker: Checker, findings: Sequence[Finding], lengths: Sequence[Cou
     rows = [["data set", "records", "good", "tokens: least", "median", "95 %", "most", "findings"]]
     for number, (dataset, counts) in enumerate(zip(checker.sets, lengths, strict=True)):
         own = [found for found in findings if found.dataset == number]
-        bad, reasons = len({found.source for found in own}), Counter(f.reason for f in own)
+        bad = len({found.source for found in own if found.reason != VOLUME})
+        reasons = Counter(found.reason for found in own)
         tokens = np.repeat(sorted(counts), [counts[n] for n in sorted(counts)])
         of_tokens = np.quantile(tokens, (0, 0.5, 0.95, 1), method="higher") if counts else "----"
         told = ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items()))

@@ -38,7 +38,7 @@ from data.images import ImageError, Scan  # noqa: E402
 from data.tasks import require_sizes  # noqa: E402
 from data.transforms import RULES, ResizeRule  # noqa: E402
 from data.volumes import DISPLAY  # noqa: E402
-from scripts.tools.scan_sources import Source, find_sources, warn_of_patients  # noqa: E402
+from scripts.tools.scan_sources import Source, find_sources, joined, warn_of_patients  # noqa: E402
 from scripts.tools.splits import PARTS, split_patients, split_slices  # noqa: E402
 
 INSTRUCTIONS = {
@@ -267,6 +267,7 @@ def write_set(args: argparse.Namespace) -> None:
     names = Counter(source.name for source in found)
     if max(names.values()) > 1:
         raise ValueError(f"several volumes are called {names.most_common(1)[0][0]}: rename one")
+    found = found if args.patient else joined(found)
     warn_of_patients(found)
     records: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
     left_out: Counter = Counter()

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,8 @@ class Source:
     """Gives what gives its slices (H, W) or (H, W, 3), in order; both raise ImageError."""
     patient_id: str = ""
     """Hash of the PatientID of a DICOM file."""
+    subjects: frozenset[str] = frozenset()
+    """Of BIDS, in the files' paths; none where a pattern names patients."""
 
     def where(self, index: int) -> str:
         """A slice, for messages."""
@@ -74,10 +76,11 @@ def find_sources(
     files = [p for p in root.rglob("*") if p.is_file()] if root.is_dir() else [root]
     groups: dict[tuple[str, _Owner, str], list[Path]] = defaultdict(list)
     bad: list[ImageError] = []
+    base = root if root.is_dir() else root.parent
     lost: list[Path] = []
     for path in sorted(files, key=natural):
         kind = file_kind(path)
-        place = path.relative_to(root if root.is_dir() else root.parent)
+        place = path.relative_to(base)
         if kind == "image" and path.suffix.lower() not in IMAGE_SUFFIXES:
             continue
         seen = (patient, path.relative_to(root.parent)) if patient else (BIDS, place)
@@ -110,7 +113,10 @@ def find_sources(
     for (kind, owner, name), members in groups.items():
         read = partial(_images if kind == "image" else _slices, members, options)
         title = re.sub(r"[^\w.-]+", "_", name)
-        yield Source(title, owner.patient, owner.ground, kind, members, read, owner.patient_id)
+        labels = () if patient else (_in_path(BIDS, p.relative_to(base)) for p in members)
+        subjects = frozenset(label.patient for label in labels if label)
+        who = owner.patient, owner.ground
+        yield Source(title, *who, kind, members, read, owner.patient_id, subjects)
 
 
 def _in_path(pattern: str, path: Path) -> _Owner | None:
@@ -124,6 +130,22 @@ def _plain(parts: list[str], root: Path, count: int) -> _Owner:
     ends = [re.sub(f"(?:{CONTRAST})+$", "", part, flags=re.IGNORECASE) for part in parts]
     told = [end for end in ends if end][:count]
     return _Owner("/".join(told) or root.name, "name" if ends == parts else "contrast")
+
+
+def joined(found: Sequence[Source]) -> list[Source]:
+    """The sources, with one patient for those that share a patient, PatientID or subject of BIDS.
+
+    Sources without a subject take one from above their root, if that is a subject of others:
+    `sub-01/dicom` beside `sub-01/sub-01_T1w.nii.gz`.
+    """
+    known = {label for source in found for label in source.subjects}
+    groups: dict[str, set[str]] = {}
+    for source in found:
+        above = known.intersection(re.findall(BIDS, source.files[0].absolute().as_posix()))
+        names = {source.patient, *(source.subjects or above), source.patient_id} - {""}
+        names = names.union(*(groups.get(name, ()) for name in names))
+        groups |= dict.fromkeys(names, names)
+    return [replace(source, patient=min(groups[source.patient])) for source in found]
 
 
 def warn_of_patients(found: Iterable[Source]) -> None:

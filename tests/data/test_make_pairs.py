@@ -23,7 +23,7 @@ from scripts.tiny import images as tiny
 from scripts.tiny import make_pairs as recipe
 from scripts.tiny.tokenizer import write_tokenizer
 from scripts.tools import make_pairs
-from scripts.tools.scan_sources import find_sources, natural
+from scripts.tools.scan_sources import find_sources, joined, natural
 from scripts.tools.splits import PARTS, split_patients, split_slices
 from tests.data.test_scans import OBLIQUE, dataset, nifti, shipped, written
 
@@ -339,6 +339,55 @@ def test_patients_of_names(tmp_path, files, patients):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     assert {s.patient for s in find_sources(tmp_path / "sub-jects")} == patients
+
+
+def bids_with_dicom(root: Path) -> None:
+    """Four subjects, each with a series of slices and a volume."""
+    for i in range(1, 5):
+        dicom_folder(root / f"sub-0{i}" / "dicom", f"Doe{i}", [0, 1, 2])
+        brain(root / f"sub-0{i}" / f"sub-0{i}_T1w.nii.gz", seed=i)
+
+
+def test_dicom_and_nifti_of_a_subject_stay_together(tmp_path):
+    bids_with_dicom(tree := tmp_path / "tree")
+    subjects = sorted(tree.iterdir())
+    apart = [*(s / "dicom" for s in subjects), *(s / f"{s.name}_T1w.nii.gz" for s in subjects)]
+    for number, sources in enumerate(([tree], subjects, apart)):
+        out = tmp_path / f"set{number}"
+        parts = made(*sources, "--out", out, *NOISE, "--val", 0.25, "--test", 0.25)
+        clean = {part: {pixels(out, r["output_img"]).shape for r in parts[part]} for part in parts}
+        # Slices of the series are 48 x 48 pixels, those of the volumes 32 x 32.
+        assert clean == dict.fromkeys(PARTS, {(48, 48), (32, 32)})
+        found = joined([s for source in sources for s in find_sources(source)])
+        owners = [{s.patient for s in found if f"sub-0{i}" in str(s.files[0])} for i in range(1, 5)]
+        assert [len(patients) for patients in owners] == [1] * 4 == [1] * len(set.union(*owners))
+        volumes = [{r["volume"] for r in parts[part]} for part in PARTS]
+        assert [len(names) for names in volumes] == [4, 2, 2]
+        for source in found:
+            others = {s.name for s in found if s.patient == source.patient}
+            assert sum(bool(names & others) for names in volumes) == 1
+    pattern = "(sub-[0-9]+)"
+    assert {s.patient for s in find_sources(tree, pattern)} == {s.name for s in subjects}
+    assert not any(s.subjects for s in find_sources(tree, pattern))
+
+
+def test_a_patient_id_joins_subjects(tmp_path):
+    for i, owner in enumerate(["Doe1", "Doe1", "Doe2", "Doe3"], 1):
+        series = {"SeriesInstanceUID": f"1.2.{i}"}
+        dicom_folder(tmp_path / f"sub-0{i}" / "dicom", owner, [0, 1], **series)
+        brain(tmp_path / f"sub-0{i}" / f"sub-0{i}_T1w.nii.gz", seed=i)
+    dicom_folder(tmp_path / "sub-04" / "again", "Doe4", [0, 1])
+    names = {}
+    for source in joined([*find_sources(tmp_path)]):
+        names.setdefault(source.patient, set()).add(source.files[0].relative_to(tmp_path).parts[0])
+    assert sorted(names.values(), key=min) == [{"sub-01", "sub-02"}, {"sub-03"}, {"sub-04"}]
+
+
+def test_a_folder_that_looks_like_a_subject_joins_nothing(tmp_path):
+    for i in range(1, 4):
+        dicom_folder(tmp_path / "sub-jects" / f"x{i}", f"Doe{i}", [0, 1])
+    found = [*find_sources(tmp_path / "sub-jects")]
+    assert joined(found) == found and len({s.patient for s in found}) == 3
 
 
 def test_folders_of_contrasts_are_one_patient(tmp_path):

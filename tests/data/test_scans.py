@@ -237,6 +237,13 @@ def test_missing_slices_are_told(tmp_path):
         read_dicom(*series(tmp_path / "uneven", [0, 1, 2.2, 3.1]))
 
 
+def test_series_without_positions_have_no_gaps_to_tell(tmp_path):
+    places = [dataset(np.full((4, 6), i), SliceLocation=5 - i) for i in range(3)]
+    paths = [written(ds, tmp_path / f"{i}.dcm") for i, ds in enumerate(places)]
+    with warnings.catch_warnings(action="error"):
+        assert read_dicom(*paths).values[:, 0, 0].tolist() == [2.0, 1.0, 0.0]
+
+
 def test_a_series_of_several_windows_gets_one_range(tmp_path):
     paths = series(tmp_path / "a", [0, 1], WindowCenter=5, WindowWidth=9)
     paths += series(tmp_path / "b", [2, 3], WindowCenter=6, WindowWidth=9)

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import pickle
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -250,6 +251,15 @@ def test_parquet_in_an_archive(captions, tmp_path):
     records = ParquetRecords(f"zip://rows::{archive}", FORM)
     assert [r.raw["captions"] for r in records] == [str(i) for i in range(11)]
     assert len(ParquetRecords(f"zip://rows/b.parquet::{archive}", FORM)) == 4
+    assert len(ParquetRecords(f"zip://rows/::{archive}", FORM)) == 11
+
+
+def test_a_folder_may_be_called_as_a_parquet_file(captions, tmp_path):
+    """So Spark writes."""
+    rows = shutil.copytree(captions, tmp_path / "rows.parquet")
+    assert [r.raw["captions"] for r in ParquetRecords(rows, FORM)] == [str(i) for i in range(11)]
+    assert folder_of(rows, ".parquet") == rows
+    assert folder_of(rows / "b.parquet", ".parquet") == rows
 
 
 def test_images_beside_parquet_are_in_its_folder(captions, tmp_path):
@@ -267,11 +277,14 @@ def test_images_beside_parquet_are_in_its_folder(captions, tmp_path):
         ("s3://b/train.jsonl", "s3://b/train.jsonl: Install s3fs to access S3"),
         ("s33://b/train.jsonl", "Protocol not known: s33"),
         ("zip://a::mixture.yaml", "zip://a::mixture.yaml: File is not a zip file"),
+        ("tar://a::set.zip", "tar://a::set.zip: invalid header"),
     ],
 )
 def test_what_a_url_needs_is_told_in_a_line(tmp_path, monkeypatch, url, message):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as opened:
+        opened.writestr("a", "no tar file " * 99)
     content = {"text_only": {"datasets": [{"name": "d", "jsonl_path": url}]}}
     (path := tmp_path / "mixture.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError) as caught:
@@ -295,6 +308,23 @@ def test_images_at_a_url_that_cannot_be_read(tmp_path, monkeypatch):
         with pytest.raises(ImageError, match=rf"^zip://{name}::{archive}: {text}") as caught:
             open_image(f"zip://::{archive}", ImageRef(path=name))
         assert caught.type is ImageError and reason_of(caught.value) == reason
+
+
+@pytest.mark.parametrize(
+    ("place", "field", "text"),
+    [(6, 1, "File .* is encrypted, password required"), (8, 99, "That compression method is not")],
+)
+def test_members_of_archives_that_no_reader_takes(tmp_path, place, field, text):
+    """One bad image each: the flag of encryption, an unknown method, in both headers."""
+    with zipfile.ZipFile(archive := tmp_path / "set.zip", "w") as opened:
+        opened.writestr("a.png", png(3))
+    content = bytearray(archive.read_bytes())
+    for start in (content.index(b"PK\3\4") + place, content.index(b"PK\1\2") + place + 2):
+        content[start] = field
+    archive.write_bytes(content)
+    with pytest.raises(ImageError, match=rf"^zip://a.png::{archive}: {text}") as caught:
+        open_image(f"zip://::{archive}", ImageRef(path="a.png"))
+    assert caught.type is ImageError and reason_of(caught.value) == "unreadable_image"
 
 
 def test_scans_at_a_url_and_in_parquet_are_those_on_the_disk(tmp_path):

@@ -13,11 +13,11 @@ from PIL import Image
 from data.images import ImageError
 from data.packer import Sample, TextSegment, VaeSegment, VitSegment
 from data.records import RecordError, parse_record, record_of
-from data.tasks import TASKS, Task, decoded
+from data.tasks import TASKS, Task, decoded, open_pair
 from data.tokenizer import Tokenizer
 from data.transforms import ResizeRule
 from scripts.tiny.tokenizer import write_tokenizer
-from tests.data.test_scans import dataset, written
+from tests.data.test_scans import dataset, item, written
 from tests.helpers import RULES
 
 SIZES = {"a": (16, 16), "b": (16, 24), "c": (32, 32), "d": (20, 20)}
@@ -213,6 +213,14 @@ def test_frames_of_a_video_that_is_named_are_images(tokenizer, folder):
     assert laid_out("vlm_sft", raw, tokenizer, folder) == expected
 
 
+@pytest.mark.parametrize("key", ["video", "videos"])
+def test_videos_are_no_matter_where_no_image_is_read(key, tokenizer, folder):
+    raw = {key: ["a.mp4"], "message": said(("human", "What?"), ("gpt", "Noise."))}
+    assert laid_out("text_only", raw, tokenizer, folder) == ["text:What?", "text:Noise.!"]
+    with pytest.raises(RecordError, match="f:1: videos are not read"):
+        parse_record(json.dumps(raw), "f:1", task("vlm_sft", tokenizer).form)
+
+
 def test_an_edit_goes_one_or_two_steps(tokenizer, folder):
     raw = {
         "image_list": ["a.png", "d.png", "c.png", "c.png"],
@@ -263,6 +271,11 @@ def test_an_edit_goes_one_or_two_steps(tokenizer, folder):
             {**PAIR, "message": said(("human", "<video>Remove it."))},
             "videos are not read",
         ),
+        (
+            "text_only",
+            {"message": said(("human", "<video>What?"), ("gpt", "Noise."))},
+            "videos are not read",
+        ),
         ("vqa_reconstruction", {"message": QUESTION}, "input_img must be a list of {path}"),
         ("edit_sequence", {"image_list": ["a.png"]}, "1 images in image_list need one entry less"),
         (
@@ -304,6 +317,55 @@ def test_pairs_of_scans_need_a_window(name, tokenizer, tmp_path):
         found = [s for s in chosen.sample(record, tmp_path).segments if isinstance(s, VaeSegment)]
         means = [s.image_pm1.mean().item() for s in found]
         assert means == pytest.approx([-0.5, 0], abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["restoration", "counterfactual", "edit_sequence"])
+def test_pairs_of_scans_need_one_window(name, tokenizer, tmp_path):
+    """Of 1000 / 2000 and 500 / 1000 the same pixels would be pictures 30 of 255 apart."""
+    pixels, wide = np.arange(400).reshape(20, 20), {"WindowCenter": 1000, "WindowWidth": 2000}
+    half = {"WindowCenter": 500, "WindowWidth": 1000}
+    for stem, fields in (("wide", wide), ("half", half), ("same", wide)):
+        written(dataset(pixels, **fields), tmp_path / f"{stem}.dcm")
+    for stem, fields in (("low", half), ("high", wide)):
+        curve = fields | {"VOILUTFunction": "SIGMOID"}
+        written(dataset(pixels, **curve), tmp_path / f"{stem}.dcm")
+        lut = item(LUTDescriptor=[4096, 0, 12], LUTData=[*range(len(stem), 4096 + len(stem))])
+        lut["LUTData"].VR = "US"
+        written(dataset(pixels, VOILUTSequence=[lut]), tmp_path / f"{stem}_table.dcm")
+    Image.new("L", (20, 20)).save(tmp_path / "grey.png")
+    chosen = task(name, tokenizer)
+    for first, second, told in (
+        ("wide.dcm", "half.dcm", "window 0.0 to 1999.0 and window 0.0 to 999.0"),
+        ("low.dcm", "high.dcm", "window .* by sigmoid .0.0, 1000.0. and window .* by sigmoid .0.0"),
+        ("low_table.dcm", "high_table.dcm", r"window 0.0 to 4095.0 by table \w+ and window 0.0"),
+        ("wide.dcm", "same.dcm", ""),
+        ("grey.png", "wide.dcm", ""),
+        ("low_table.dcm", "low_table.dcm", ""),
+    ):
+        files = [first, second]
+        raw = {"message": QUESTION, "instruction_list": ["Up."], "image_list": files}
+        raw |= {"input_img": files[:1], "output_img": files[1:]}
+        record = parse_record(json.dumps(raw), "f:1", chosen.form)
+        pair = parse_record(json.dumps(raw), "f:1")
+        if not told:
+            chosen.sample(record, tmp_path)
+            assert [image.size for image in open_pair(pair, tmp_path)] == [(20, 20)] * 2
+            continue
+        message = f"^f:1: {told}.* scale a pair unequally: state one window in both, or write PNG"
+        with pytest.raises(ImageError, match=message):
+            chosen.sample(record, tmp_path)
+        with pytest.raises(ImageError, match=message):
+            open_pair(pair, tmp_path)
+    asked = parse_record(json.dumps({"message": QUESTION, "image": ["wide.dcm"]}), "f:1")
+    assert task("vlm_sft", tokenizer).sample(asked, tmp_path).segments
+
+
+def test_a_pair_is_opened_whatever_sizes_are_stated(tmp_path):
+    Image.new("L", (20, 20)).save(tmp_path / "a.png")
+    image = [{"path": "a.png", "width": 3, "height": 3}]
+    raw = {"input_img": image, "output_img": image, "message": QUESTION}
+    pair = open_pair(parse_record(json.dumps(raw), "f:1"), tmp_path)
+    assert [image.size for image in pair] == [(20, 20)] * 2
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,12 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from data.config import load_mixture
-from data.images import to_uint8
+from data.images import ImageError, to_uint8
 from data.tokenizer import Tokenizer
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.context import Context
 from modeling.bagel.generation import ImageJob, SamplingConfig, decode_images, sample_latents
+from tests.data.test_scans import dataset, written
 from tests.helpers import run_arguments, write_mixture, write_pairs
 from tests.ranks import run_on_ranks
 from train.backends import MOMENTS
@@ -112,6 +113,16 @@ def test_pairs_are_taken_from_the_tasks_in_turn(checkpoint, tasks):
     assert found == [*expected, ("denoise", "3"), ("unnamed", "2"), ("denoise", "4")]
     assert len(first_pairs(load_mixture(tasks), Tokenizer(checkpoint), 2)) == 2
     assert [len(pair.segments()) for pair in pairs[:3]] == [4, 4, 3]  # without an assessment
+
+
+def test_pairs_have_one_window(checkpoint, tmp_path):
+    lines = write_pairs(tmp_path / "pairs", 1)
+    for name, width in (("0_input", 2000), ("0_clean", 1000)):
+        ds = dataset(np.arange(256).reshape(16, 16), WindowCenter=width // 2, WindowWidth=width)
+        written(ds, tmp_path / "pairs" / "images" / f"{name}.png")
+    mixture = load_mixture(write_mixture(tmp_path / "mixture.yaml", tmp_path / "pairs"))
+    with pytest.raises(ImageError, match=f"^{lines}:1: window .* scale a pair unequally: state "):
+        first_pairs(mixture, Tokenizer(checkpoint), 1)
 
 
 def test_losses_are_those_of_training_on_the_same_packs(checkpoint, mixture, tmp_path):
