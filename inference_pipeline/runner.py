@@ -23,10 +23,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from data.images import read_image
 from data.records import IMAGE_TAG, Record, RecordError, parse_record
 from data.scores import references
-from data.tasks import require_sizes
+from data.tasks import open_pair, require_sizes
 from modeling.bagel.generation import SamplingConfig, TextConfig
 
 from .metrics import PROTOCOL, measure_all
@@ -311,8 +310,7 @@ class _Batch:
             )
         if not record.instruction:
             raise RecordError(f"{record.source}: the instruction is empty")
-        paths = record.input_image, record.output_image
-        degraded, truth = (read_image(root / path, paired=True) for path in paths)
+        degraded, truth = open_pair(record, root)
         rule = self.restorer.task.vae_rule
         require_sizes(record.source, rule, degraded.size, truth.size)
         return _Pair(record, degraded, truth)
