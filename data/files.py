@@ -67,6 +67,12 @@ def open_binary(where: Place) -> BinaryIO:
     return system.open(path, "rb")
 
 
+def read_bytes(where: Place) -> bytes:
+    """Raises as `open_binary` does."""
+    with open_binary(where) as opened:
+        return opened.read()
+
+
 def files_of(where: Place, suffix: str) -> list[Place]:
     """The file itself, or the files of a folder whose names end so, in order of their names."""
     if folder_of(where, suffix) != where:

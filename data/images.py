@@ -100,7 +100,8 @@ def read_image(path: ImageFile, paired: bool = False) -> Image.Image:
         if paired and scan.guessed:
             raise ImageError(f"{path}: no window, and a guess scales a pair unequally: {ALIKE}")
         image = _eight_bits(scan)
-        window = "window {} to {}{}".format(*scan.value_range, scan.curve)
+        low, high = scan.value_range
+        window = f"window {low:.6g} to {high:.6g}{scan.curve}"
         image.info |= {"dicom_window": window} if paired else {}
         return image
     with _opened(path) as image:

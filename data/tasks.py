@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .files import NamedBytes, Place, open_binary, within
+from .files import NamedBytes, Place, read_bytes, within
 from .images import ImageError, image_size, read_image, require_one_window
 from .packer import Sample, Segment, TextSegment, VaeSegment, VitSegment
 from .records import IMAGE_TAG, Form, ImageRef, Record, RecordError, Size
@@ -319,8 +319,7 @@ def _file(folder: Place, ref: ImageRef) -> Path | NamedBytes:
     if isinstance(where, Path):
         return where
     try:
-        with open_binary(where) as opened:
-            return NamedBytes(opened.read(), where)
+        return NamedBytes(read_bytes(where), where)
     except (OSError, ValueError, RuntimeError, BadZipFile, zlib.error) as error:
         lost = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
         raise (UnreachableError if lost else ImageError)(f"{where}: {error}") from error

@@ -30,6 +30,7 @@ from .results import (
     read_settings,
     read_statistics,
 )
+from .summary import inputs_of
 from .text_metrics import TEXT_PROTOCOLS
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -65,7 +66,7 @@ class Run:
         pairs = [(r, other.results.get(i, {})) for i, r in self.results.items()]
         return (
             (self.split, self.results.keys()) == (other.split, other.results.keys())
-            and all(str(a.get("input_img")) == str(b.get("input_img")) for a, b in pairs)
+            and all(inputs_of(a) == inputs_of(b) for a, b in pairs)
             # Empty for images that could not be read, absent in folders of the users' scripts.
             and all(len({r["images"] for r in pair if r.get("images")}) < 2 for pair in pairs)
         )

@@ -95,7 +95,10 @@ def read_json(
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
+    """Raises ResultsError, also where a run of ours has not come to its end."""
     path = folder / RESULTS
+    if (folder / SETTINGS).exists() and not (folder / STATISTICS).exists():
+        raise ResultsError(f"{folder}: no {STATISTICS}: let the batch inference finish")
     lines = enumerate(path.read_bytes().splitlines(), start=1)
     return [read_json(path, text, line, ("sample_id",)) for line, text in lines]
 

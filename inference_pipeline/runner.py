@@ -23,6 +23,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from data.files import read_bytes, within
 from data.records import IMAGE_TAG, Record, RecordError, parse_record
 from data.scores import references
 from data.tasks import open_pair, require_sizes
@@ -88,8 +89,7 @@ def run(restorer: Restorer, config: RunConfig, processes: Processes = ALONE) -> 
     Every process calls it with its own `restorer`. Raises ResumeError when `output_dir` holds
     results of another configuration.
     """
-    annotations = config.annotation_file.read_bytes()
-    numbered = enumerate(annotations.split(b"\n"), start=1)
+    numbered = enumerate(config.annotation_file.read_bytes().split(b"\n"), start=1)
     lines = [(f"{config.annotation_file}:{n}", line) for n, line in numbered if line.strip()]
     samples = _samples(lines if config.num_samples < 0 else lines[: config.num_samples])
     if not samples:
@@ -102,7 +102,7 @@ def run(restorer: Restorer, config: RunConfig, processes: Processes = ALONE) -> 
         lock.enter_context(_locked(folder))
         if (folder / RESULTS).exists() and not (folder / SETTINGS).exists():
             raise ResumeError(f"{folder}: results without {SETTINGS}: choose another --output_dir")
-        _claim_folder(restorer, config, annotations)
+        _claim_folder(restorer, config, [line.strip() for _, line in lines])
         found = _merged(folder)
         (folder / STATISTICS).unlink(missing_ok=True)  # until they are of all that is asked
         return {
@@ -148,7 +148,8 @@ def _run(
 
     def end() -> dict[str, Any]:
         results = _merged(config.output_dir)
-        statistics = summarise([results[i] for i in sorted(results)], config.protocols)
+        asked = [results[i] for i in range(len(samples))]
+        statistics = summarise(asked, config.protocols)
         replace_text(config.output_dir / STATISTICS, json.dumps(statistics, indent=2) + "\n")
         return statistics
 
@@ -166,7 +167,7 @@ def _units(count: int, size: int, done: dict[int, Result]) -> list[list[int]]:
     return [unit for unit in units if unit]
 
 
-def _claim_folder(restorer: Restorer, config: RunConfig, annotations: bytes) -> None:
+def _claim_folder(restorer: Restorer, config: RunConfig, lines: list[bytes]) -> None:
     """`claim` with everything that changes a result; files count by content, not by place."""
     folder, task = Path(restorer.report.folder), restorer.task
     model_id, step = identity(folder)
@@ -175,7 +176,7 @@ def _claim_folder(restorer: Restorer, config: RunConfig, annotations: bytes) -> 
         "dtype": str(restorer.model.dtype).removeprefix("torch."),
         "model_id": model_id,
         "step": step,
-        "test_set": digest(annotations),
+        "test_set": digest(*lines),
         "split": config.annotation_file.stem,
         "resize_rules": [asdict(rule) for rule in (task.vae_rule, task.vit_rule)],
     }
@@ -234,7 +235,7 @@ class _Sample:
         """Of its images; empty where one cannot be read."""
         refs = (*self.record.inputs, *self.record.outputs) if self.record else ()
         try:
-            return digest(*((root / ref.path).read_bytes() for ref in refs))
+            return digest(*(read_bytes(within(root, ref.path)) for ref in refs))
         except (OSError, ValueError):
             return ""
 

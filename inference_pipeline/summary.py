@@ -95,7 +95,7 @@ def paired(a: Sequence[Result], b: Sequence[Result], number: str = "psnr") -> Pa
     """
     rows_a, rows_b = ({r["sample_id"]: r for r in results} for results in (a, b))
     for i in sorted({*rows_a, *rows_b}):
-        inputs = [str(rows[i].get("input_img")) if i in rows else "-" for rows in (rows_a, rows_b)]
+        inputs = [str(inputs_of(rows[i])) if i in rows else "-" for rows in (rows_a, rows_b)]
         if inputs[0] != inputs[1]:
             raise ValueError(f"the test sets differ: sample {i} is {inputs[0]} and {inputs[1]}")
         if len({r["images"] for r in (rows_a[i], rows_b[i]) if r.get("images")}) > 1:
@@ -122,6 +122,12 @@ def paired(a: Sequence[Result], b: Sequence[Result], number: str = "psnr") -> Pa
         interval=interval(difference),
         p=float(wilcoxon(difference).pvalue) if difference.any() else 1.0,
     )
+
+
+def inputs_of(result: Result) -> list[Any]:
+    """Paths of a sample's inputs, which the users' results name with their sizes."""
+    refs = result.get("input_img") or []
+    return [ref.get("path") if isinstance(ref, dict) else ref for ref in refs]
 
 
 def _is_finite(name: str, values: np.ndarray) -> np.ndarray:

@@ -130,20 +130,19 @@ def run(
     Raises ValueError when `output_dir` holds answers by other settings.
     """
     rows, model = read_rows(tsv), _claim_folder(restorer, tsv, output_dir, text)
-    log = output_dir / "answers.jsonl"
+    log, by_index = output_dir / "answers.jsonl", {row["index"]: row for row in reversed(rows)}
     # A line that a kill cut off does not count; a failed row is tried again.
     lines = log.read_text().split("\n")[:-1] if log.exists() else []
     done = {place: found for place, found in map(json.loads, lines) if not found["error"]}
     for place in [*done]:  # of files that have changed since, there is no answer yet
-        if _files(rows[place], tsv.parent) not in ("", done[place]["files"]):
+        if _files(rows[place], by_index, tsv.parent) not in ("", done[place].get("files")):
             del done[place]
     replace_text(log, "".join(json.dumps(item) + "\n" for item in done.items()))
     todo = [place for place in range(len(rows)) if place not in done]
-    by_index = {row["index"]: row for row in reversed(rows)}
     with log.open("a", buffering=1) as file:
 
         def record(place: int, prediction: str = "", error: str = "") -> None:
-            files = _files(rows[place], tsv.parent)
+            files = _files(rows[place], by_index, tsv.parent)
             done[place] = {"prediction": prediction, "error": error, "files": files}
             file.write(json.dumps([place, done[place]]) + "\n")
 
@@ -184,12 +183,13 @@ def run(
     return rows
 
 
-def _files(row: Row, folder: Path) -> str:
-    """Digest of the image files that a row names; empty where one cannot be read."""
+def _files(row: Row, shared: dict[str, Row], folder: Path) -> str:
+    """Digest of the image files that a row names, see `images`; empty where one cannot be read."""
     try:
-        paths = [] if row.get("image") else cells(row, "image_path")
+        rows = [shared[text] for text in cells(row, "image") if text in shared] or [row]
+        paths = [p for r in rows if not cells(r, "image") for p in cells(r, "image_path")]
         return digest(*((folder / path).read_bytes() for path in paths))
-    except (OSError, ValueError, SyntaxError, MemoryError, RecursionError):
+    except (OSError, ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return ""
 
 

@@ -254,7 +254,7 @@ def test_pairs_of_two_windows_are_found(checkpoint, tmp_path):
     assert main(arguments(tmp_path / "out", *source)) == 1
     ((name, line, reason, message),) = findings(tmp_path / "out")
     assert (name, line, reason) == ("pairs", 1, "unreadable_image")
-    windows = "window 0.0 to 1999.0 and window 0.0 to 999.0 scale a pair unequally: state one"
+    windows = "window 0 to 1999 and window 0 to 999 scale a pair unequally: state one"
     assert message.startswith(f"{lines}:1: {windows} window in both")
 
 

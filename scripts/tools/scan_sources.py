@@ -21,6 +21,8 @@ CONTRAST = (
 )
 """Ends of names that tell scans of one patient apart; `12_0001` holds a channel of nnU-Net."""
 
+FEW = 12
+"""Patients of a folder that may be one; a folder of a whole data set holds more."""
 Ground = Literal["path", "name", "contrast", "PatientID", "StudyInstanceUID", "folder"]
 
 
@@ -41,6 +43,12 @@ class Source:
     """Hash of the PatientID of a DICOM file."""
     subjects: frozenset[str] = frozenset()
     """Of BIDS, in the files' paths; none where a pattern names patients."""
+    folder: Path | None = None
+    """The first one below the root; None for files in the root itself."""
+
+    @property
+    def by_name(self) -> bool:
+        return self.ground in ("name", "contrast")
 
     def where(self, index: int) -> str:
         """A slice, for messages."""
@@ -116,7 +124,9 @@ def find_sources(
         labels = () if patient else (_in_path(BIDS, p.relative_to(base)) for p in members)
         subjects = frozenset(label.patient for label in labels if label)
         who = owner.patient, owner.ground
-        yield Source(title, *who, kind, members, read, owner.patient_id, subjects)
+        first = members[0].relative_to(base).parts
+        folder = base / first[0] if len(first) > 1 else None
+        yield Source(title, *who, kind, members, read, owner.patient_id, subjects, folder)
 
 
 def _in_path(pattern: str, path: Path) -> _Owner | None:
@@ -167,6 +177,15 @@ def warn_of_patients(found: Iterable[Source]) -> None:
     if parted := [len(patients) for patients in owners.values() if len(patients) > 1]:
         print(f"WARNING: --patient divides {len(parted)} of the PatientIDs, the first among")
         print(f"  {parted[0]} patients. That is right only where a PatientID stands for several.")
+    folders: dict[Path, list[Source]] = defaultdict(list)
+    for source in found:
+        if source.folder:
+            folders[source.folder].append(source)
+    named = {f: s for f, s in folders.items() if any(x.kind == "nifti" and x.by_name for x in s)}
+    held = {f: len({source.patient for source in s}) for f, s in named.items()}
+    if shared := [f"{f}, {n} patients" for f, n in held.items() if 1 < n <= FEW]:
+        print(f"WARNING: {len(shared)} folders hold several patients by the names of their files,")
+        print(f"  the first is {shared[0]}. If a folder is a patient, name it by --patient.")
     for ground, files in unnamed.items():
         print(f"WARNING: {len(files)} DICOM files without PatientID, the first is {min(files)}:")
         print(f"  each {ground} counts as a patient, whoever it shows. Name patients by --patient.")

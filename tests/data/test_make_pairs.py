@@ -23,7 +23,7 @@ from scripts.tiny import images as tiny
 from scripts.tiny import make_pairs as recipe
 from scripts.tiny.tokenizer import write_tokenizer
 from scripts.tools import make_pairs
-from scripts.tools.scan_sources import find_sources, joined, natural
+from scripts.tools.scan_sources import find_sources, joined, natural, warn_of_patients
 from scripts.tools.splits import PARTS, split_patients, split_slices
 from tests.data.test_scans import OBLIQUE, dataset, nifti, shipped, written
 
@@ -395,6 +395,31 @@ def test_folders_of_contrasts_are_one_patient(tmp_path):
         (tmp_path / name).mkdir()
         Image.new("L", (16, 16)).save(tmp_path / name / "0.png")
     assert [s.patient for s in find_sources(tmp_path)] == ["p1", "p1", "p2"]
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["p1/frame01", "p1/frame12", "p2/frame01"], "1 folders"),
+        (["p1/a/scan", "p1/b/scan", "p2/a/scan", "p2/b/scan"], "2 folders"),
+        (["p1/scan", "p2/scan"], ""),
+        (["a", "b"], ""),
+        ([f"imagesTr/case{i}" for i in range(13)], ""),
+        (["sub-1/ses-1/a", "sub-1/ses-2/b"], ""),
+    ],
+)
+def test_folders_that_may_be_patients_are_told(tmp_path, capsys, names, told):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        nifti(np.ones((4, 4, 4)), tmp_path / f"{name}.nii")
+    warn_of_patients(joined([*find_sources(tmp_path)]))
+    said = capsys.readouterr().out
+    assert said.startswith(f"WARNING: {told} hold several patients by the names") == bool(told)
+    assert (f"the first is {tmp_path / 'p1'}, 2 patients" in said) == bool(told)
+    if told:
+        found = find_sources(tmp_path, r"(p\d)/")
+        warn_of_patients(found)
+        assert capsys.readouterr().out == ""
 
 
 def test_dicom_files_without_a_patient_are_told(tmp_path, capsys):

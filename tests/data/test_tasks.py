@@ -335,9 +335,9 @@ def test_pairs_of_scans_need_one_window(name, tokenizer, tmp_path):
     Image.new("L", (20, 20)).save(tmp_path / "grey.png")
     chosen = task(name, tokenizer)
     for first, second, told in (
-        ("wide.dcm", "half.dcm", "window 0.0 to 1999.0 and window 0.0 to 999.0"),
+        ("wide.dcm", "half.dcm", "window 0 to 1999 and window 0 to 999"),
         ("low.dcm", "high.dcm", "window .* by sigmoid .0.0, 1000.0. and window .* by sigmoid .0.0"),
-        ("low_table.dcm", "high_table.dcm", r"window 0.0 to 4095.0 by table \w+ and window 0.0"),
+        ("low_table.dcm", "high_table.dcm", r"window 0 to 4095 by table \w+ and window 0"),
         ("wide.dcm", "same.dcm", ""),
         ("grey.png", "wide.dcm", ""),
         ("low_table.dcm", "low_table.dcm", ""),

@@ -197,7 +197,12 @@ def test_names_of_files_are_no_content(restorer, pairs, tmp_path):
     shutil.copy(pairs / "test.jsonl", test_set)
     for path in weights:
         path.write_bytes(b"same")
-    lines, output = test_set.read_bytes(), tmp_path / "out"
+    run(restorer, config(pairs, tmp_path / "bytes", num_samples=1))
+    crlf = (pairs / "test.jsonl").read_bytes().replace(b"\n", b"\r\n")
+    test_set.write_bytes(crlf.strip())
+    again = config(pairs, tmp_path / "bytes", num_samples=1, annotation_file=test_set)
+    assert run(restorer, again)["overall"]["total_samples"] == 1
+    lines, output = test_set.read_bytes().splitlines(), tmp_path / "out"
     first = config(pairs, output, lpips_weights=weights[0])
     _claim_folder(restorer, first, lines)
     other = config(pairs, output, lpips_weights=weights[1], annotation_file=test_set)
@@ -237,6 +242,20 @@ def test_statistics_are_there_when_all_samples_are(restorer, pairs, tmp_path, mo
     assert len(results(tmp_path)) == 2 and not (tmp_path / "statistics.json").exists()
 
 
+def test_images_in_an_archive_have_a_digest_too(restorer, pairs, tmp_path):
+    record = json.loads((pairs / "test.jsonl").read_text().splitlines()[0])
+    shutil.make_archive(tmp_path / "images", "zip", pairs)
+    for key in ("input_img", "output_img"):
+        path = record[key][0]["path"]
+        record[key] = [{"path": f"zip://{path}::{tmp_path / 'images.zip'}"}]
+    (tmp_path / "test.jsonl").write_text(json.dumps(record) + "\n")
+    test_set = tmp_path / "test.jsonl"
+    run(restorer, config(pairs, tmp_path / "zipped", annotation_file=test_set))
+    run(restorer, config(pairs, tmp_path / "plain", num_samples=1))
+    zipped, plain = results(tmp_path / "zipped")[0], results(tmp_path / "plain")[0]
+    assert zipped["psnr"] == plain["psnr"] and zipped["images"] == plain["images"] != ""
+
+
 def test_samples_whose_images_have_changed_are_restored_anew(restorer, pairs, tmp_path):
     root = shutil.copytree(pairs, tmp_path / "pairs")
     run(restorer, config(root, tmp_path / "out"))
@@ -248,6 +267,8 @@ def test_samples_whose_images_have_changed_are_restored_anew(restorer, pairs, tm
     changed = [a["psnr"] != b["psnr"] for a, b in zip(after, before, strict=True)]
     sharing = [r["output_img"] == before[1]["output_img"] for r in before]
     assert changed == sharing and changed[1] and not all(changed)
+    few = run(restorer, config(root, tmp_path / "out", num_samples=1))["overall"]
+    assert (few["total_samples"], few["psnr_mean"]) == (1, after[0]["psnr"])
 
 
 def test_a_truth_of_another_shape_is_an_error_of_its_task(restorer, pairs, tmp_path):

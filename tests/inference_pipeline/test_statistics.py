@@ -130,6 +130,8 @@ def test_what_cannot_be_paired():
         ValueError, match=r"test sets differ: images of sample 0, .*0\.png.*changed"
     ):
         paired(seen, changed)
+    sized = [r | {"input_img": [x | {"height": 9} for x in r["input_img"]]} for r in a]
+    assert paired(a, sized).n == 3
     with pytest.raises(ValueError, match="test sets differ: sample 2 is .* and -"):
         paired(a, a[:2])
     with pytest.raises(ValueError, match="did you mean 'psnr'"):
@@ -147,6 +149,7 @@ def folder(path, protocols: list[str], gain: float):
     path.mkdir()
     settings = {"model_id": f"run/{path.name}", "split": "test", "protocols": protocols}
     (path / "settings.json").write_text(json.dumps(settings))
+    (path / "statistics.json").write_text("{}")
     tasks = ["denoising"] * 6 + ["sr"]
     lines = [result(i, t, psnr=20 + i + gain * (i + 1)) for i, t in enumerate(tasks)]
     (path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))

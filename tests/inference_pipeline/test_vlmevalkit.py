@@ -201,12 +201,13 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     image = {"image": encoded(picture(0)), "image_path": ""}
     rows = [image | {"index": i, "question": f"q{i}"} | CHOICES for i in range(6)]
     rows[2] |= {"image": "", "image_path": "late.png"}
+    rows[4] |= {"image": "2"}
     tsv, output = write(tmp_path / "q.tsv", rows), tmp_path / "out"
     with pytest.raises(Killed):
         run(Asked(dies_at=1), tsv, output, SHORT)  # q5, q4 and q3 are answered
     log = output / "answers.jsonl"
     log.write_text(log.read_text()[:-10])
-    for asked_now, left in ((["q0", "q1", "q3"], 1), (["q2"], 0), ([], 0)):
+    for asked_now, left in ((["q0", "q1", "q3"], 2), (["q2", "q4"], 0), ([], 0)):
         again = Asked()
         run(again, tsv, output, SHORT)
         assert again.questions == asked_now
@@ -216,7 +217,10 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     run(Asked(), tsv, tmp_path / "whole", SHORT)
     assert only(output).read_bytes() == only(tmp_path / "whole").read_bytes()
     assert len(log.read_text().splitlines()) == 6
-    for image, asked_now in ((picture(3), ["q2"]), (None, [])):  # changed, then not to be read
+    for image, asked_now in (
+        (picture(3), ["q2", "q4"]),
+        (None, []),
+    ):  # changed, then not to be read
         (tmp_path / "late.png").unlink()
         if image:
             image.save(tmp_path / "late.png")
