@@ -125,9 +125,10 @@ def paired(a: Sequence[Result], b: Sequence[Result], number: str = "psnr") -> Pa
 
 
 def inputs_of(result: Result) -> list[Any]:
-    """Paths of a sample's inputs, which the users' results name with their sizes."""
-    refs = result.get("input_img") or []
-    return [ref.get("path") if isinstance(ref, dict) else ref for ref in refs]
+    """Paths of a sample's inputs, which the users' results name with their sizes, or alone."""
+    refs = result.get("input_img")
+    each = refs if isinstance(refs, list) else [refs]
+    return [ref.get("path") if isinstance(ref, dict) else ref for ref in each]
 
 
 def _is_finite(name: str, values: np.ndarray) -> np.ndarray:

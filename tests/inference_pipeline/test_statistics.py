@@ -131,7 +131,10 @@ def test_what_cannot_be_paired():
     ):
         paired(seen, changed)
     sized = [r | {"input_img": [x | {"height": 9} for x in r["input_img"]]} for r in a]
-    assert paired(a, sized).n == 3
+    alone = [r | {"input_img": r["input_img"][0]} for r in a]
+    assert paired(a, sized).n == paired(a, alone).n == 3
+    with pytest.raises(ValueError, match="test sets differ: sample 0"):
+        paired(alone, [r | {"input_img": {"path": "other.png"}} for r in a])
     with pytest.raises(ValueError, match="test sets differ: sample 2 is .* and -"):
         paired(a, a[:2])
     with pytest.raises(ValueError, match="did you mean 'psnr'"):
