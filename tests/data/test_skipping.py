@@ -226,7 +226,7 @@ def test_a_url_that_fails_is_no_bad_sample(tmp_path, monkeypatch):
     def failing(_):
         raise OSError("503 Slow Down")
 
-    monkeypatch.setattr(data.tasks, "open_binary", failing)
+    monkeypatch.setattr(data.tasks, "read_bytes", failing)
     with pytest.raises(UnreachableError, match="s3://bucket/a.png: 503 Slow Down"):
         data.tasks.open_image("s3://bucket", ImageRef(path="a.png"))
 
