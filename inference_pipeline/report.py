@@ -30,7 +30,7 @@ from .results import (
     read_settings,
     read_statistics,
 )
-from .summary import inputs_of
+from .summary import same_sample
 from .text_metrics import TEXT_PROTOCOLS
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -63,13 +63,8 @@ class Run:
 
     def beside(self, other: "Run") -> bool:
         """Whether numbers may stand side by side: one name, samples of one name and content."""
-        pairs = [(r, other.results.get(i, {})) for i, r in self.results.items()]
-        return (
-            (self.split, self.results.keys()) == (other.split, other.results.keys())
-            and all(inputs_of(a) == inputs_of(b) for a, b in pairs)
-            # Empty for images that could not be read, absent in folders of the users' scripts.
-            and all(len({r["images"] for r in pair if r.get("images")}) < 2 for pair in pairs)
-        )
+        same = (self.split, self.results.keys()) == (other.split, other.results.keys())
+        return same and all(same_sample(r, other.results[i]) for i, r in self.results.items())
 
     def ranked(self) -> dict[str, list[int]]:
         """Ids of the restored samples of every task, the worst first."""
@@ -87,8 +82,7 @@ def find_runs(folders: list[Path]) -> list[Run]:
     """
     found: dict[Path, Run] = {}
     for folder in folders:
-        here = (folder / RESULTS).exists()
-        places = [folder] if here else sorted(path.parent for path in folder.rglob(RESULTS))
+        places = sorted(path.parent for path in folder.rglob(RESULTS))
         if not places:
             raise ResultsError(f"{folder}: neither {RESULTS} there nor in a folder below it")
         for place in places:

@@ -105,11 +105,17 @@ def run(restorer: Restorer, config: RunConfig, processes: Processes = ALONE) -> 
         _claim_folder(restorer, config, [line.strip() for _, line in lines])
         found = _merged(folder)
         (folder / STATISTICS).unlink(missing_ok=True)  # until they are of all that is asked
-        return {
-            i: found[i]
+        # A failed sample is tried again in any case.
+        digests = {
+            i: sample.digest(config.image_root)
             for i, sample in enumerate(samples)
-            if i in found and not sample.has_changed(found[i], config.image_root)
+            if i in found and "error" not in found[i]
         }
+        if away := [found[i]["input_img"] for i, images in digests.items() if not images]:
+            print(f"WARNING: the results of {len(away)} samples stay, whose images cannot be read:")
+            print(f"  the first is {away[0]} in {config.image_root}")
+        changed = {i for i, images in digests.items() if images not in ("", found[i]["images"])}
+        return {i: found[i] for i in range(len(samples)) if i in found and i not in changed}
 
     with lock:
         return _run(restorer, config, processes, samples, processes.first_says(begin))
@@ -238,10 +244,6 @@ class _Sample:
             return digest(*(read_bytes(within(root, ref.path)) for ref in refs))
         except (OSError, ValueError):
             return ""
-
-    def has_changed(self, result: Result, root: Path) -> bool:
-        """Whether a result is of other images; one that is there outlives a disk that is not."""
-        return "error" not in result and self.digest(root) not in ("", result["images"])
 
 
 def _samples(lines: Sequence[tuple[str, bytes]]) -> list[_Sample]:

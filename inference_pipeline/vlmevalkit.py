@@ -168,8 +168,8 @@ def run(
                 if len(places) == 1:
                     record(places[0], error=f"{type(error).__name__}: {error}")
                     return
-                for place in places:
-                    yield from ask([place] if place not in done else [], 1)
+                for place in [place for place in places if place not in done]:
+                    yield from ask([place], 1)
 
         for _ in track(ask(todo, batch_size), total=len(todo)):
             pass

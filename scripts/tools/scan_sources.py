@@ -46,10 +46,6 @@ class Source:
     folder: Path | None = None
     """The first one below the root; None for files in the root itself."""
 
-    @property
-    def by_name(self) -> bool:
-        return self.ground in ("name", "contrast")
-
     def where(self, index: int) -> str:
         """A slice, for messages."""
         if self.kind == "image":
@@ -177,13 +173,14 @@ def warn_of_patients(found: Iterable[Source]) -> None:
     if parted := [len(patients) for patients in owners.values() if len(patients) > 1]:
         print(f"WARNING: --patient divides {len(parted)} of the PatientIDs, the first among")
         print(f"  {parted[0]} patients. That is right only where a PatientID stands for several.")
-    folders: dict[Path, list[Source]] = defaultdict(list)
+    folders, named = defaultdict[Path, list[Source]](list), set[Path]()
     for source in found:
         if source.folder:
             folders[source.folder].append(source)
-    named = {f: s for f, s in folders.items() if any(x.kind == "nifti" and x.by_name for x in s)}
-    held = {f: len({source.patient for source in s}) for f, s in named.items()}
-    if shared := [f"{f}, {n} patients" for f, n in held.items() if 1 < n <= FEW]:
+        if source.folder and source.kind == "nifti" and source.ground in ("name", "contrast"):
+            named.add(source.folder)
+    held = {folder: len({source.patient for source in folders[folder]}) for folder in named}
+    if shared := sorted(f"{f}, {n} patients" for f, n in held.items() if 1 < n <= FEW):
         print(f"WARNING: {len(shared)} folders hold several patients by the names of their files,")
         print(f"  the first is {shared[0]}. If a folder is a patient, name it by --patient.")
     for ground, files in unnamed.items():

@@ -181,6 +181,9 @@ def test_another_test_set_is_no_neighbour(tmp_path):
         (folder / "results.jsonl").write_text("".join(lines[:samples]))
     assert [t["runs"] for t in data_of(tmp_path)["tests"]] == [[0, 1], [2]]
     assert len(data_of(tmp_path, tmp_path / "a", tmp_path / "a")["runs"]) == 3
+    nested = shutil.copytree(tmp_path / "a", tmp_path / "b" / "nested")
+    assert len(data_of(tmp_path / "b")["runs"]) == 2
+    shutil.rmtree(nested)
     for name, mark in (("a", "one"), ("b", "other")):
         path = tmp_path / name / "results.jsonl"
         old = '{"sample_id": 1, '

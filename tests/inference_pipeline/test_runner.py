@@ -215,11 +215,14 @@ def test_names_of_files_are_no_content(restorer, pairs, tmp_path):
         _claim_folder(copy, other, lines)
 
 
-def test_images_that_are_away_do_not_cost_their_results(restorer, pairs, finished, tmp_path):
+def test_images_that_are_away_do_not_cost_their_results(
+    restorer, pairs, finished, tmp_path, capsys
+):
     output = shutil.copytree(finished[0], tmp_path / "out")
     before = results(output)
     run(restorer, config(pairs, output, image_root=tmp_path / "not_mounted"))
     assert results(output) == before
+    assert "the results of 4 samples stay, whose images cannot be read" in capsys.readouterr().out
 
 
 def test_a_folder_of_others_is_left_as_it_is(restorer, pairs, tmp_path):
