@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,22 +104,24 @@ def test_a_kill_at_any_stage_of_a_save_costs_one_step(finished, common, tmp_path
     final = stages.index("os.rename .saving-0000003")
     assert {"half written .safetensors", "os.rename .tmp", "os.rename 0000002"} <= set(stages)
 
-    def chain(which: range) -> None:
-        run = copied(finished, tmp_path / f"from{which.start}", 2, 2)
-        for stage in which:
-            fault = partial(faulty.killed_in_save, 3, stage + 1)
-            assert ended(common, run, fault, **keep)[0] == [KILLED], stages[stage]
+    chains = [copied(finished, tmp_path / f"from{i}", 2, 2) for i in range(2)]
+    for first in range(0, len(stages), 2):
+        two = list(zip(chains, range(first, len(stages)), strict=False))
+        started = [
+            start(common, run, partial(faulty.killed_in_save, 3, stage + 1), **keep)
+            for run, stage in two
+        ]
+        for (run, stage), process in zip(two, started, strict=True):
+            assert process.codes() == [KILLED], stages[stage]
             assert names(run)[-1] == (2 if stage <= final else 3), stages[stage]
             assert len(hidden(run)) <= 2
             assert_good(run, finished)
             if stage > final:
                 copied(finished, shutil.rmtree(run) or run, 2, 2)
+    for run in chains:
         assert ended(common, run, **keep)[0] == [0]
         assert names(run) == [4] and hidden(run) == []
         assert_good(run, finished)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(chain, (range(i, len(stages), 2) for i in range(2))))
 
 
 def test_twenty_kills_at_random_moments_change_no_bit(finished, common, tmp_path):
