@@ -131,6 +131,8 @@ def run(
     """
     rows, model = read_rows(tsv), _claim_folder(restorer, tsv, output_dir, text)
     log, by_index = output_dir / "answers.jsonl", {row["index"]: row for row in reversed(rows)}
+    table = output_dir / f"{model}_{tsv.stem}.tsv"
+    table.unlink(missing_ok=True)  # until every question has been asked
     # A line that a kill cut off does not count; a failed row is tried again.
     lines = log.read_text().split("\n")[:-1] if log.exists() else []
     done = {place: found for place, found in map(json.loads, lines) if not found["error"]}
@@ -175,7 +177,7 @@ def run(
             pass
     told = ("prediction", "error")
     rows = [row | {key: done[place][key] for key in told} for place, row in enumerate(rows)]
-    with (output_dir / f"{model}_{tsv.stem}.tsv").open("w", newline="", encoding="utf-8") as sheet:
+    with table.open("w", newline="", encoding="utf-8") as sheet:
         columns = [name for name in rows[0] if name not in ("image", "")]
         writer = csv.DictWriter(sheet, columns, dialect="excel-tab", extrasaction="ignore")
         writer.writeheader()

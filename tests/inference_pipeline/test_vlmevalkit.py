@@ -227,6 +227,10 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
         run(again := Asked(), tsv, output, SHORT)
         assert again.questions == asked_now
     assert list(read(only(output))["prediction"]) == [f"q{i}" for i in range(6)]
+    picture(4).save(tmp_path / "late.png")
+    with pytest.raises(Killed):
+        run(Asked(dies_at=0), tsv, output, SHORT)
+    assert not [*output.glob("*.tsv")]  # of the image as it was
 
 
 def test_a_batch_that_fails_goes_on_one_by_one(tmp_path):
