@@ -26,7 +26,7 @@ from transformers import Qwen2Config, SiglipVisionConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measure import median_seconds, peak_bytes  # noqa: E402
-from modeling.attention import packed_attention, split_mask  # noqa: E402
+from modeling.attention import PackedAttention, split_mask  # noqa: E402
 from modeling.bagel.config import BagelConfig  # noqa: E402
 from modeling.bagel.modeling_utils import MLPConnector  # noqa: E402
 from modeling.bagel.qwen2_navit import GEN, ExpertOrder, Qwen2Model  # noqa: E402
@@ -98,7 +98,7 @@ class Pack:
 def ours(model: Qwen2Model, pack: Pack, x: Tensor | None = None) -> Tensor:
     tokens = ExpertOrder.of(len(pack.x), pack.gen, pack.x.device)
     learned = pack.gen_splits if model.freeze_und else None
-    attention = packed_attention(*pack.layout, "cpu", learned=learned)
+    attention = PackedAttention(*pack.layout, "cpu", learned=learned)
     return model(pack.x if x is None else x, pack.position_ids, tokens, attention)
 
 

@@ -6,7 +6,7 @@ same full or noise split), and the key is not in another noise split.
 Shape legend: S tokens, Hq query heads, Hk key heads (Hq a multiple of Hk), E head size.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Protocol
@@ -166,24 +166,8 @@ class FlexPackedAttention:
         return out[0].transpose(0, 1)
 
 
-BACKENDS: dict[str, Callable[..., Attention]] = {
+BACKENDS: dict[str, type[PackedAttention] | type[FlexPackedAttention]] = {
     "sdpa": PackedAttention,
     "flex": FlexPackedAttention,
 }
-
-
-def packed_attention(
-    sample_lens: Lens,
-    split_lens: Lens,
-    modes: Modes,
-    device: Device,
-    backend: str = "sdpa",
-    learned: Collection[int] | None = None,
-) -> Attention:
-    """The attention of one packed batch; `backend` is `sdpa` (everywhere) or `flex` (GPU).
-
-    `learned` are the splits whose outputs pass on a gradient; None means all.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"attention backend {backend!r} is none of {sorted(BACKENDS)}")
-    return BACKENDS[backend](sample_lens, split_lens, modes, device, learned)
+"""`sdpa` runs everywhere, `flex` on GPUs."""

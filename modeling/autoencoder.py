@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .geometry import token_grid
+
+VAE_PREFIX = "vae."
+"""Of the names of its tensors in the model."""
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
 
@@ -184,13 +188,9 @@ class Autoencoder(nn.Module):
         """Scaled latents (B, Z, H/downsample, W/downsample) of images in [-1, 1].
 
         The posterior mean, or, with `noise` ~ N(0, 1) of the latents' shape, a posterior sample.
-        H and W must be multiples of `config.downsample`; nothing is padded.
+        Nothing is padded: raises ValueError where H or W is no multiple of `config.downsample`.
         """
-        height, width = image_pm1_BCHW.shape[-2:]
-        if height % self.config.downsample or width % self.config.downsample:
-            raise ValueError(
-                f"image {height}x{width} is no multiple of the VAE stride {self.config.downsample}"
-            )
+        token_grid(image_pm1_BCHW.shape, self.config.downsample)  # raises
         moments = self.encoder(image_pm1_BCHW.to(self.dtype))
         mean, log_variance = moments.float().chunk(2, dim=1)
         if noise_BZhw is not None:

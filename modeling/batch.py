@@ -128,14 +128,18 @@ class VaeImages(TensorRecord):
 
     def target_tokens(self) -> Tensor:
         """(num_target_tokens,) int64 places of the target tokens among the L latent tokens."""
-        starts = torch.tensor((0, *self.lens)).cumsum(0).tolist()
+        ends = accumulate(self.lens)
         spans = [
-            torch.arange(start, start + n)
-            for start, n, target in zip(starts, self.lens, self.is_target, strict=False)
+            torch.arange(end - n, end)
+            for end, n, target in zip(ends, self.lens, self.is_target, strict=True)
             if target
         ]
         empty = torch.zeros(0, dtype=torch.int64)
         return torch.cat([empty, *spans]).to(self.indexes.device, non_blocking=True)
+
+
+PER_IMAGE = ("images", "grids", "time_logits", "noise_seeds", "names", "splits")
+"""Fields of VaeImages with an entry for each image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +156,7 @@ class PackedBatch(TensorRecord):
 
     def __post_init__(self) -> None:
         length, vit, vae = self.num_tokens, self.vit, self.vae
-        names = ("images", "grids", "time_logits", "noise_seeds", "names", "splits")
-        images = [getattr(vae, name) for name in names] if vae else []
+        images = [getattr(vae, name) for name in PER_IMAGE] if vae else []
         kinds = [self.text.ids, *([vit.patches] if vit else []), *([vae.indexes] if vae else [])]
         ends = [set(accumulate(lens)) for lens in (self.split_lens, self.sample_lens)]
         consistent = {

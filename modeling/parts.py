@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import SiglipVisionConfig
 
 from . import pretrained as files
+from .autoencoder import VAE_PREFIX
 from .bagel.bagel import Bagel
 from .bagel.config import BagelConfig
 from .bagel.modeling_utils import sin_cos_table
@@ -52,7 +53,7 @@ def open_parts(
     parts = (
         (llm_path, _read(llm_path, "--llm_path", LLM, headers_only)),
         (vit_path, _read(vit_path, "--vit_path", VIT, headers_only)),
-        (vae_path, files.read_tensors(vae_file, files.VAE_PREFIX, headers_only)),
+        (vae_path, files.read_tensors(vae_file, VAE_PREFIX, headers_only)),
     )
     tensors = {name: tensor for _, part in parts for name, tensor in part.items()}
     origin = {name: f"from {folder}" for folder, part in parts for name in part}

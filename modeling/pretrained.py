@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Qwen2Config, SiglipVisionConfig
 
-from .autoencoder import AutoencoderConfig
+from .autoencoder import VAE_PREFIX, AutoencoderConfig
 from .bagel.bagel import Bagel
 from .bagel.config import BagelConfig
 from .bagel.modeling_utils import sin_cos_table
@@ -32,7 +32,6 @@ Weights = Literal["ema", "model"]
 Shape = tuple[int, ...]
 Json = dict[str, Any]
 
-VAE_PREFIX = "vae."
 VAE_FILE = "ae.safetensors"
 MANIFEST = "manifest.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"

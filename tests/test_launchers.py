@@ -123,8 +123,6 @@ def test_launchers_start_what_users_ran(run):
     assert (a["resume_from"] or a["model_path"]) == start
     assert Path(a["dataset_config_file"]).stem.removesuffix("_medq_ver1").endswith(data)
     assert {name: a[name] for name in EVERYWHERE} == EVERYWHERE
-    mesh = (1, None) if run.endswith("deepspeed") else (1, gpus)
-    assert (a["num_replicate"], a["num_shard"]) == mesh
     assert a["backend"] == ("deepspeed" if run.endswith("deepspeed") else "auto")
 
 
@@ -151,9 +149,7 @@ def test_one_node_and_a_cluster(launcher):
     several = dry_run(launcher.stem, "EXP", PROC_PER_NODE="6", **own, **cluster)
     assert [option(several, name) for name in names] == ["3", "2", "6", "23456"]
     assert option(several, "--master_addr") == "node0"
-    t = resolved(several).training
-    fsdp = t.backend != "deepspeed"
-    assert (t.num_replicate, t.num_shard) == ((3, 6) if fsdp else (1, None))
+    resolved(several)
 
 
 def test_variables_and_trailing_arguments():
@@ -180,7 +176,6 @@ def test_variables_and_trailing_arguments():
         "device": "cpu",
         "checkpoint_dir": "runs/$a b",
         "backend": "deepspeed",
-        "num_shard": None,
         "lr": 0.5,
         "wandb_name": "it's",
         "save_every": 25,
@@ -194,7 +189,7 @@ def test_variables_and_trailing_arguments():
 def test_visible_devices_override_the_number_of_gpus():
     done = launch("train_sft", "EXP", "8", DRY_RUN="1", CUDA_VISIBLE_DEVICES="3,5")
     assert "WARNING: CUDA_VISIBLE_DEVICES lists 2 GPUs, which overrides 8" in done.stderr
-    assert "--nproc_per_node 2 " in done.stdout and "--num_shard 2" in done.stdout
+    assert "--nproc_per_node 2 " in done.stdout
     agreed = launch("train_sft", "EXP", "2", DRY_RUN="1", CUDA_VISIBLE_DEVICES="3,5")
     assert agreed.stderr == "" and "--nproc_per_node 2 " in agreed.stdout
 
@@ -221,6 +216,15 @@ def test_refusals_name_what_to_change(words, environment, message):
     done = launch("train_sft", *words, DRY_RUN="1", **environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {message}")
+
+
+def test_the_back_end_may_come_from_an_extended_file_or_the_command_line(tmp_path):
+    deepspeed = (ROOT / "configs" / "experiments").glob("*_deepspeed.yaml")
+    own = tmp_path / "own.yaml"
+    own.write_text(f"extends: {next(deepspeed)}\nlr: 0.5\n")
+    a = resolved(dry_run("train_sft_generic", "EXP", CONFIG=str(own))).training
+    assert (a.backend, a.lr) == ("deepspeed", 0.5)
+    assert resolved(dry_run("train_sft", "E", "--", "--backend", "deepspeed")).training.lr
 
 
 def test_generic_launchers_need_your_file():
@@ -287,6 +291,7 @@ def test_what_launchers_start_passes_the_dry_run(launcher, tmp_path, capsys, mon
     extra = [word for name, value in small.items() for word in (f"--{name}", str(value))]
     command = dry_run(launcher.stem, "EXP", "4", **tiny)
     monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(SystemExit) as ended:
         main(command[command.index(TRAINER) + 1 :] + extra)
     page = capsys.readouterr().out

@@ -264,10 +264,12 @@ class TrainingArguments:
     """`auto` (a GPU if there is one), `cpu` or `cuda`."""
     backend: str = "auto"
     """`single`, `fsdp` or `deepspeed`; `auto` is `single` with one process, else `fsdp`."""
-    num_replicate: int = 1
-    """Groups of processes that each hold the whole model (FSDP)."""
+    num_replicate: int | None = None
+    """Groups of processes that each hold the whole model (FSDP); None: as many as `num_shard`
+    leaves, and with neither a group on every node."""
     num_shard: int | None = None
-    """Processes that share the weights of one such group; None: all of them."""
+    """Processes that share the weights of one such group; None: as many as `num_replicate` leaves.
+    """
     sharding_strategy: str = "HYBRID_SHARD"
     """HYBRID_SHARD (shard within a group, replicate across), FULL_SHARD (one group of all),
     SHARD_GRAD_OP (weights stay whole between forward and backward) or NO_SHARD."""

@@ -36,7 +36,7 @@ from modeling.pretrained import read_json
 
 from .adapters import is_adapter
 from .arguments import TrainingArguments
-from .distributed import all_reduce, world_size
+from .distributed import all_reduce, processes_per_node, rank, world_size
 from .optim import GROUPS, base_lr, group_of
 
 Tensors = Mapping[str, Tensor]
@@ -213,6 +213,9 @@ class FSDPBackend(Backend):
     def place(self, tensors: Tensors) -> None:
         model, args = self.model, self.args
         self.shards = (mesh := make_mesh(self.device.type, args))["shard"].get_group()
+        if rank() == 0:
+            replicate, shard = mesh.shape
+            print(f"fsdp: {replicate} (replicate) x {shard} (shard) = {mesh.size()}", flush=True)
         model.compute_dtype = dtype = torch.bfloat16 if args.bf16 else None
         options: dict[str, Any] = {
             "mesh": mesh if mesh["replicate"].size() > 1 else mesh["shard"],
@@ -229,7 +232,7 @@ class FSDPBackend(Backend):
         if not model.config.llm.tie_word_embeddings:
             embeddings = model.language_model.model.embed_tokens
             fully_shard(embeddings, reshard_after_forward=again, **options)
-        vae = set(model.vae.parameters()) if model.config.vae is not None else set()
+        vae = set(model.vae.parameters())
         fully_shard(model, reshard_after_forward=False, ignored_params=vae, **options)
         register_fsdp_forward_method(model, "call")
         _allocate(model, torch.device("cpu") if args.cpu_offload else self.device)
@@ -268,11 +271,10 @@ class DeepSpeedBackend(Backend):
         deepspeed.utils.logger.setLevel("WARNING")
         model, self.access = self.model, deepspeed.utils
         exact = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        if model.config.vae is not None:
-            # Not a submodule any more: neither sharded nor cast.
-            vae = model.vae
-            del model.vae
-            object.__setattr__(model, "vae", vae)
+        # Not a submodule any more: neither sharded nor cast.
+        vae = model.vae
+        del model.vae
+        object.__setattr__(model, "vae", vae)
         optimizer = self.adamw(self.weights)
         config = deepspeed_config(self.args, self.device)
         self.stage = config["zero_optimization"]["stage"]
@@ -401,9 +403,10 @@ def mesh_shape(args: TrainingArguments, ranks: int) -> tuple[int, int]:
     strategy = args.sharding_strategy
     if strategy == "NO_SHARD":
         replicate, shard = ranks, 1
-    elif strategy == "HYBRID_SHARD":
-        replicate = args.num_replicate
-        shard = ranks // replicate if args.num_shard is None else args.num_shard
+    elif strategy == "HYBRID_SHARD" and args.backend != "deepspeed":
+        given = args.num_replicate, args.num_shard
+        shard = given[1] or (ranks // given[0] if given[0] else processes_per_node(ranks))
+        replicate = given[0] or max(1, ranks // shard)
     else:
         replicate, shard = 1, ranks
     if replicate * shard != ranks:
@@ -451,8 +454,7 @@ def _allocate(model: Bagel, device: torch.device) -> None:
 
 def _buffers_to(model: Bagel, device: torch.device) -> None:
     """What CPU offloading leaves on the device: buffers and the autoencoder."""
-    if model.config.vae is not None:
-        model.vae.to_empty(device=device)
+    model.vae.to_empty(device=device)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty_like(buffer, device=device))

@@ -39,7 +39,7 @@ from .telemetry import Telemetry
 from .trainer import Trainer
 from .validation import Validation, first_pairs
 
-Start = Weights | Literal["parts"]
+Start = Weights | Literal["parts", "random"]
 Check = Callable[..., None]
 """As `checkpoint.verify`."""
 
@@ -155,6 +155,8 @@ def start(args: RunArguments, folder: Path | None) -> tuple[Path, Start]:
             "--model_path is needed: a checkpoint folder. Random weights too take configs, "
             "tokenizer and autoencoder from it (--init_from_scratch True)"
         )
+    if training.init_from_scratch:
+        return Path(model_path), "random"
     return Path(model_path), "ema" if training.finetune_from_ema else "model"
 
 
@@ -167,9 +169,9 @@ def open_model(
 ) -> tuple[Bagel, dict[str, Tensor], LoadReport | str]:
     """The model on the meta device, and the tensors that fill it; random only when asked for."""
     # Every setting of the model has an argument of its name; None keeps the checkpoint's value.
-    values = {name.removeprefix("llm_"): value for name, value in args.flat().items()}
+    values = args.flat() | {"qk_norm": args.model.llm_qk_norm}
     overrides = {name: values[name] for name in SETTINGS if values[name] is not None}
-    if args.training.init_from_scratch and not (source / "trainer_state.json").exists():
+    if weights == "random":
         torch.manual_seed(args.training.global_seed)
         model = load_architecture(source, overrides)
         model.init_weights(args.training.copy_init_moe)

@@ -137,14 +137,15 @@ def load_state(folder: Path, trainer: "Trainer") -> None:
     state = read_json(folder / "trainer_state.json")
     if takes_optimizer(folder, args.training):
         backend.load_moments(saved_moments(folder, backend.weights), state["updates"])
+
+    def read(weights: str, adapters: str) -> None:
+        stems = (weights, adapters) if backend.adapted else (weights,)
+        backend.load(read_tensors([file for stem in stems for file in weight_files(folder, stem)]))
+
     # The averages pass through the model on their way into the EMA.
-    for last, stems in enumerate((("ema", "adapters_ema"), ("model", "adapters"))):
-        files = [
-            file for stem in stems[: 1 + backend.adapted] for file in weight_files(folder, stem)
-        ]
-        backend.load(read_tensors(files))
-        if not last:
-            trainer.ema.restart()
+    read("ema", "adapters_ema")
+    trainer.ema.restart()
+    read("model", "adapters")
     trainer.step = state["step"]
     trainer.loader.load_state_dict(state["loader"])
     trainer.telemetry.steps_without |= state["steps_without"]
@@ -181,10 +182,10 @@ def contents(trainer: "Trainer") -> Iterator[Stem]:
 
 def plans(trainer: "Trainer") -> dict[str, tuple[dict[str, list[str]], int]]:
     """Files and total size in bytes of every weight file's name."""
-    sizes = trainer.backend.sizes
+    sizes = {name.replace(BASE, ""): size for name, size in trainer.backend.sizes.items()}
     found = {}
     for stem, _, tensors in contents(trainer):
-        bytes_of = {n: sizes.get(n, sizes.get(n.rsplit("/", 1)[0], 0)) for n in tensors}
+        bytes_of = {name: sizes[name.partition("/")[0]] for name in tensors}
         found[stem] = file_plan(stem, bytes_of), sum(bytes_of.values())
     return found
 

@@ -37,6 +37,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def processes_per_node(ranks: int) -> int:
+    """As the launcher says; without one all ranks are on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+
+
 def local_device(kind: str) -> torch.device:
     """`auto`, `cpu` or `cuda` -> the device of this process. Raises ValueError without a GPU."""
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
@@ -134,7 +139,7 @@ class StopRequest:
     """Remembers that one of STOP_SIGNALS came."""
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self.received = False
 
     def __enter__(self) -> "StopRequest":
         self.before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
@@ -145,7 +150,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+        self.received = True
 
 
 class HangWatch:

@@ -6,12 +6,13 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from modeling.autoencoder import VAE_PREFIX
 from modeling.bagel.bagel import Bagel
-from modeling.pretrained import VAE_PREFIX, saved_names
+from modeling.pretrained import saved_names
 
 from .arguments import RunArguments
 from .backends import MOMENTS, Backend
-from .optim import base_lr, frozen_by, group_of
+from .optim import fate_of, group_of
 
 
 def parameter_lines(model: Bagel, args: RunArguments) -> list[str]:
@@ -19,9 +20,7 @@ def parameter_lines(model: Bagel, args: RunArguments) -> list[str]:
     their group and learning rate or the argument that freezes them. The autoencoder is one line."""
     found: Counter[tuple[str, str, str]] = Counter()
     for name, parameter in model.named_parameters():
-        flag = frozen_by(name, args.training, args.model.lora_rank > 0)
-        group = group_of(name, args.training)
-        fate = f"frozen ({flag})" if flag else f"{group}, lr {base_lr(group, args.training):g}"
+        fate = fate_of(name, args)
         if name.startswith(VAE_PREFIX):
             found[f"{VAE_PREFIX}*", "", fate] += 1
         else:

@@ -59,7 +59,8 @@ class Guard:
         deviation = (c["square"] - c["mean"].square()).clamp(min=0).sqrt()
         limit = torch.full_like(norm, torch.inf)
         if self.sigma is not None:
-            limit = torch.where(self._warm(), c["mean"] + self.sigma * deviation, limit)
+            warm = c["seen"] >= max(self.warmup, 2)  # a deviation needs two norms
+            limit = torch.where(warm, c["mean"] + self.sigma * deviation, limit)
         spike = (1 - bad) * (norm > limit)
         skip = bad + spike
         # A spike counts as the limit: where norms stay high, the limit follows them.
@@ -74,10 +75,6 @@ class Guard:
         c["in_a_row"].add_(1).mul_(bad)
         c["longest_row"].copy_(torch.maximum(c["longest_row"], c["in_a_row"]))
         return skip
-
-    def _warm(self) -> Tensor:
-        # A deviation needs two norms.
-        return self.counters["seen"] >= max(self.warmup, 2)
 
     def end_window(self) -> dict[str, float]:
         """Numbers for the log line. Prints what was skipped; every rank has to call it.

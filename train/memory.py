@@ -10,12 +10,11 @@ from math import ceil
 
 from torch import Tensor
 
-from modeling.autoencoder import AutoencoderConfig
+from modeling.autoencoder import VAE_PREFIX, AutoencoderConfig
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.losses import CE_CHUNK_TOKENS
 from modeling.bagel.pixel_space import ADAPTIVE_CHUNKS
 from modeling.batch import PackedBatch
-from modeling.pretrained import VAE_PREFIX
 
 from .arguments import TrainingArguments
 from .backends import MOMENTS, blocks

@@ -18,8 +18,6 @@ from torch import Tensor
 from .distributed import all_gather, rank, world_size
 from .sinks import Sink
 
-MEASURED = ("tokens_per_s", "tokens_per_s_per_gpu", "step_s", "data_wait_share", "mfu", "memory_gb")
-"""Names that depend on the machine, not on the run."""
 FILE_ONLY = (
     *("tokens", "_weighted", "_count", "_images", "_share", "_clamped", "_grad_norm", "_grad_max"),
     *("model_flops", "samples", "_per_gpu", "step_s", "_model", "mot_und", "mot_gen", "_other"),
@@ -165,9 +163,7 @@ class Metrics:
         line |= {name: total / steps for name, total in totals.items()} | over_ranks
         # Largest values are those of all ranks already.
         line |= {name: float(value) for name, value in self.largest.items()}
-        line |= self._speed(
-            sums["tokens"] + totals["tokens"], totals["model_flops"], seconds, steps
-        )
+        line |= self._speed(totals["tokens"], totals["model_flops"], seconds, steps)
         line["memory_gb"] = max(memory for *_, memory in ranks)
         self.last_step = step
         self._write(step, line)

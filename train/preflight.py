@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -30,7 +31,7 @@ from .checkpoint import changed_arguments, saved_moments, takes_optimizer
 from .distributed import launched_processes
 from .freezing import parameter_lines
 from .memory import OFFLOADED, static_memory, step_memory
-from .optim import base_lr, frozen_by, group_of
+from .optim import fate_of
 
 PACKS = 10
 CHECKED_RECORDS = 10_000
@@ -44,6 +45,8 @@ class Findings:
 
     kind: str
     """`single`, `fsdp` or `deepspeed`."""
+    zero_stage: int
+    """That of `ds_config_file` if there is one."""
     mesh: tuple[int, int]
     """(replicate, shard)."""
     folder: Path | None = None
@@ -62,6 +65,7 @@ class Findings:
     def __init__(self, args: RunArguments) -> None:
         self.args = copy.deepcopy(args)
         self.args.data.num_workers = 0
+        self.zero_stage = args.training.zero_stage
         self.problems: list[str] = []
         self.unhashed: set[str] = set()
 
@@ -106,11 +110,14 @@ def examine(args: RunArguments) -> Findings:
 def find_mesh(found: Findings) -> None:
     """Of the launcher's processes, else of those that the sizes of the mesh name."""
     training = found.args.training
-    stated = training.num_replicate * (training.num_shard or 1)
+    stated = (training.num_replicate or 1) * (training.num_shard or 1)
     ranks = launched_processes() if launched_processes() > 1 else stated
     kind = backend_name(training, ranks)
     found.mesh = (1, 1) if kind == "single" else mesh_shape(training, ranks)
     found.kind = kind
+    if kind == "deepspeed":
+        config = deepspeed_config(training, torch.device("cpu"))
+        found.zero_stage = config["zero_optimization"]["stage"]
 
 
 def find_folder(found: Findings) -> None:
@@ -130,7 +137,7 @@ def find_model(found: Findings) -> None:
     args, check = found.args, partial(verify_small, found)
     source, weights = start(args, found.folder)
     # Random weights would take the memory of the whole model.
-    with torch.device("meta") if args.training.init_from_scratch else nullcontext():
+    with torch.device("meta") if weights == "random" else nullcontext():
         model, _, found.report = open_model(args, source, weights, check, True)
     found.weights = configure(model, args)
     found.source, found.model = source, model
@@ -146,8 +153,6 @@ def find_other_files(found: Findings) -> None:
         found.problems.append(f"checkpoint_dir={training.checkpoint_dir}: cannot write to {place}")
     if training.enable_validation and training.val_dataset_config_file is not None:
         found.attempt(load_mixture, training.val_dataset_config_file, found.args.data.data_root)
-    if training.backend == "deepspeed":
-        found.attempt(deepspeed_config, training, torch.device("cpu"))
 
 
 def find_packs(found: Findings) -> None:
@@ -206,14 +211,12 @@ def of_weights(found: Findings) -> Iterator[str]:
 
 def of_parameters(found: Findings) -> Iterator[str]:
     """Sizes of what is trained, by group, and of what is frozen, by the argument that does it."""
-    args, numbers = found.args.training, Counter[str]()
+    numbers = Counter[str]()
     for name, parameter in found.model.named_parameters():
-        flag, group = frozen_by(name, args, found.args.model.lora_rank > 0), group_of(name, args)
-        fate = f"frozen by {flag}" if flag else f"trained, {group}, lr {base_lr(group, args):g}"
-        numbers[fate] += parameter.numel()
+        numbers[fate_of(name, found.args)] += parameter.numel()
     yield f"{numbers.total():,} in all"
     yield from (f"{number:,} {fate}" for fate, number in numbers.items())
-    if args.print_param_details:
+    if found.args.training.print_param_details:
         yield from parameter_lines(found.model, found.args)
 
 
@@ -223,7 +226,7 @@ def of_losses(found: Findings) -> Iterator[str]:
 
 def of_processes(found: Findings) -> Iterator[str]:
     replicate, shard = found.mesh
-    zero = f", ZeRO {found.args.training.zero_stage}" if found.kind == "deepspeed" else ""
+    zero = f", ZeRO {found.zero_stage}" if found.kind == "deepspeed" else ""
     yield f"{found.kind}{zero}: {replicate} (replicate) x {shard} (shard) = {replicate * shard}"
 
 
@@ -265,7 +268,8 @@ def of_a_step(found: Findings) -> Iterator[str]:
 
 def of_memory(found: Findings) -> Iterator[str]:
     """The rank and the pack that need most."""
-    training, kind = found.args.training, found.kind
+    training = replace(found.args.training, zero_stage=found.zero_stage)
+    kind = found.kind
     static = static_memory(found.model, training, kind, found.mesh[1])
     steps = [step_memory(found.model, training, kind, pack) for pack in found.packs]
     needed = max(steps, key=lambda sizes: sum(sizes.values()))

@@ -7,11 +7,12 @@ import uuid
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from .arguments import TrainingArguments
 from .distributed import rank
 
 PROJECT = "bagel-restore"
@@ -101,17 +102,7 @@ class WandB(Sink):
         self.run.finish()
 
 
-class SinkArguments(Protocol):
-    """The arguments of a run that say where its numbers go."""
-
-    enable_tensorboard: bool
-    enable_wandb: bool
-    wandb_name: str
-    wandb_offline: bool
-    results_dir: str | None
-
-
-def build_sinks(args: SinkArguments, folder: Path, first_step: int) -> list[Sink]:
+def build_sinks(args: TrainingArguments, folder: Path, first_step: int) -> list[Sink]:
     """What the arguments turn on, on rank 0 alone; a missing package is warned of."""
     if rank() != 0:
         return []

@@ -4,6 +4,7 @@ The loss of a pixel-space term is bounded, its gradient is not. Gradients are th
 terms, over all micro-batches and ranks of a step.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +14,7 @@ from modeling.bagel.losses import LossTerm
 from modeling.bagel.pixel_space import ImageLoss
 from modeling.batch import PackedBatch
 
-from .distributed import MAX, all_reduce, debugged_terms, rank, world_size
+from .distributed import MAX, all_reduce, debugged_terms, rank
 from .metrics import Metrics
 
 REFERENCE = "mse"
@@ -82,9 +83,8 @@ class Telemetry:
 
     def end_step(self, metrics: Metrics, device: torch.device) -> None:
         """Writes what was looked at; every rank enters its collectives."""
+        metrics.add_totals({f"{name}_images": count for name, count in self.images.items()})
         for name, count in self.images.items():
-            # Ranks add up when the line is written.
-            metrics.add(f"{name}_images", count, 1 / world_size())
             metrics.add(f"{name}_share", count, self.targets)
         for name, shares in self.clamped.items():
             if shares:
@@ -115,6 +115,18 @@ class Telemetry:
                     f"{REFERENCE} (pixel_space_max_ratio={self.most_ratio:g}): lower its weight "
                     "or set pixel_space_balance"
                 )
+
+
+def warn_if_untrained(terms: Mapping[str, LossTerm], vocab_size: int) -> None:
+    """A first cross-entropy near ln(vocabulary) is that of random weights; rank 0 says so."""
+    if rank() > 0 or "ce" not in terms or not terms["ce"].count:
+        return
+    found, random = terms["ce"].sum.item() / terms["ce"].count, math.log(vocab_size)
+    if found > 0.9 * random:
+        _warn(
+            f"the first cross-entropy is {found:.2f}; random weights give {random:.2f}. THE "
+            "WEIGHTS LOOK UNTRAINED."
+        )
 
 
 def _image_line(name: str, seen: ImageLoss, gradient: Tensor) -> str:

@@ -1,6 +1,5 @@
 """The training loop. One step fits on one screen and knows no loss and no model by name."""
 
-import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from .guard import Guard
 from .metrics import Metrics, read_lines
 from .optim import lr_at
 from .sinks import build_sinks
-from .telemetry import Telemetry
+from .telemetry import Telemetry, warn_if_untrained
 from .validation import Validation, best
 
 
@@ -82,8 +81,8 @@ class Trainer:
                     freezing.after_step()
                 self.watch.alive()
                 last = self.step == args.total_steps
-                events = [stop.received is not None, self.saver.failed]
-                stopped, failed = sum_over_ranks([float(event) for event in events])
+                events = float(stop.received), float(self.saver.failed)
+                stopped, failed = sum_over_ranks([*events])
                 if failed and not self.saver.finish():
                     retry = self.step + args.log_every
                 if self.step % args.log_every == 0 or last or stopped:
@@ -144,8 +143,8 @@ class Trainer:
             metrics.add(f"lr_{group['name']}", group["lr"])
         backend.update(skip)
         self.ema.update(skip)
-        if self.step == 0:
-            self.warn_if_untrained(found[0])
+        if self.step == 0 and not args.init_from_scratch:
+            warn_if_untrained(found[0], self.model.config.llm.vocab_size)
 
     def global_counts(self, batches: list[PackedBatch]) -> dict[str, float]:
         """Counts over all micro-batches and ranks; what no batch has anything for is absent.
@@ -170,20 +169,6 @@ class Trainer:
                 f"{', '.join(self.weights)}"
             )
         return present
-
-    def warn_if_untrained(self, terms: dict[str, LossTerm]) -> None:
-        """A first cross-entropy near ln(vocabulary) is that of random weights."""
-        known = rank() > 0 or self.args.training.init_from_scratch
-        if known or "ce" not in terms or not terms["ce"].count:
-            return
-        ce = terms["ce"].sum.item() / terms["ce"].count
-        random_ce = math.log(self.model.config.llm.vocab_size)
-        if ce > 0.9 * random_ce:
-            print(
-                f"WARNING: the first cross-entropy is {ce:.2f}; random weights give "
-                f"{random_ce:.2f}. THE WEIGHTS LOOK UNTRAINED.",
-                flush=True,
-            )
 
     def save(self, wait: bool = True) -> None:
         """Saves a step folder, beside training unless it is to `wait`; then it tries until it has

@@ -9,12 +9,12 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from modeling.bagel.generation import ImageJob, SamplingConfig, generate_images
 from modeling.batch import PackedBatch, SpecialTokens
 
 from .distributed import all_gather, rank, world_size
+from .ema import EMA
 from .metrics import append_line, drop_lines_after
 from .sinks import Sink
 
@@ -44,11 +45,6 @@ HIGHER_IS_BETTER = ("val/psnr/", "val/ssim/")
 """Beginnings of the names of image scores; of all others (losses) lower is better."""
 SEARCHED = 10_000
 """Records of a data set among which the pairs are looked for."""
-
-
-class Averages(Protocol):
-    def swapped(self) -> AbstractContextManager[Any]:
-        """Within it the model holds the averages, after it its weights to the bit."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,7 @@ class Validation:
     bf16: bool = False
     """Autocast, as in training."""
 
-    def run(self, step: int, ema: Averages, sinks: Sequence[Sink] = ()) -> dict[str, float]:
+    def run(self, step: int, ema: EMA, sinks: Sequence[Sink] = ()) -> dict[str, float]:
         """`val/<term>` of the weights; `val/psnr/<task>`, `val/ssim/<task>` of the averages.
 
         With `psnr_input` and `ssim_input`, those of the degraded image, and task `mean`, over all

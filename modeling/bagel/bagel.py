@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import Attention, packed_attention
-from ..autoencoder import Autoencoder
-from ..batch import AnswerLabels, PackedBatch, TensorRecord, VaeImages, VitImages
+from ..attention import BACKENDS, Attention
+from ..autoencoder import VAE_PREFIX, Autoencoder
+from ..batch import PER_IMAGE, AnswerLabels, PackedBatch, TensorRecord, VaeImages, VitImages
 from ..flow import interpolate, velocity
 from ..geometry import patchify
 from .config import BagelConfig
 from .losses import LossSet, LossTerm, StepOutputs
 from .modeling_utils import MLPConnector, PositionEmbedding, TimestepEmbedder
-from .qwen2_navit import ExpertOrder, Qwen2ForCausalLM
+from .qwen2_navit import GEN, ExpertOrder, Qwen2ForCausalLM
 from .siglip_navit import SiglipNavitModel
 
 T = TypeVar("T")
@@ -88,14 +88,14 @@ class Bagel(nn.Module):
         if copy_init_moe:
             state = self.language_model.state_dict()
             for name in state:
-                state[name] = state[name.replace("_moe_gen", "")]
+                state[name] = state[name.replace(GEN, "")]
             self.language_model.load_state_dict(state)
 
     def initial_std(self, name: str) -> float | None:
         """Deviation of a parameter's random initial values, None where they are not random."""
         module, _, kind = name.rpartition(".")
         linear = isinstance(self.get_submodule(module), nn.Linear | nn.Embedding)
-        if not linear or name.startswith("vae."):
+        if not linear or name.startswith(VAE_PREFIX):
             return None
         return 0.0 if module == "llm2vae" or kind == "bias" else self.config.llm.initializer_range
 
@@ -193,12 +193,12 @@ class Bagel(nn.Module):
     def hidden_states(self, batch: PackedBatch, flow: FlowInputs | None) -> Tensor:
         """(S, d) hidden states of a packed batch after the final norms."""
         layout = batch.sample_lens, batch.split_lens, batch.attn_modes
-        device, backend = batch.position_ids.device, self.config.attention_backend
         gen = None if batch.vae is None else batch.vae.indexes
         learned = None
         if self.config.freeze_und:
             learned = () if batch.vae is None else batch.vae.splits
-        attention = packed_attention(*layout, device, backend, learned)
+        kind = BACKENDS[self.config.attention_backend]
+        attention = kind(*layout, batch.position_ids.device, learned)
         return self.decode_tokens(self.embed(batch, flow), batch.position_ids, gen, attention)
 
     def completed(self, batch: PackedBatch) -> PackedBatch:
@@ -215,8 +215,7 @@ class Bagel(nn.Module):
             patches = none.new_zeros(0, self.config.vit_patch_dim, dtype=torch.float32)
             vit = VitImages(patches=patches, lens=(), **places)
         if vae is None and self.config.vae is not None:
-            fields = ("images", "grids", "time_logits", "noise_seeds", "names", "splits")
-            host = dict.fromkeys(fields, ())
+            host = dict.fromkeys(PER_IMAGE, ())
             vae = VaeImages(**host, **places)  # type: ignore[arg-type]
         return replace(batch, labels=labels, vit=vit, vae=vae)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from transformers import Qwen2Config, SiglipVisionConfig
 from transformers.activations import ACT2FN
 
+from ..attention import BACKENDS
 from ..autoencoder import AutoencoderConfig
 
 LAYER_MODULES = ("Qwen2DecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2MoTDecoderLayer")
@@ -36,6 +37,9 @@ class BagelConfig:
     def __post_init__(self) -> None:
         if self.layer_module not in LAYER_MODULES:
             raise ValueError(f"layer_module {self.layer_module!r} is none of {LAYER_MODULES}")
+        if self.attention_backend not in BACKENDS:
+            known = sorted(BACKENDS)
+            raise ValueError(f"attention_backend {self.attention_backend!r} is none of {known}")
         if self.connector_act not in ACT2FN:
             raise ValueError(f"connector_act {self.connector_act!r} is no activation")
         if self.freeze_und and self.layer_module != "Qwen2MoTDecoderLayer":

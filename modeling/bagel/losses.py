@@ -69,12 +69,12 @@ class StepOutputs:
         images, first = [], 0
         times = vae.times(self.model.config.timestep_shift)
         # z_t - t v_pred, written so that an exact prediction gives exactly z0.
-        error = self.velocity_true - self.velocity_pred.detach()
+        error = self.velocity_pred.detach() - self.velocity_true
         for i, (h, w) in enumerate(vae.grids):
             if not vae.is_target[i]:
                 continue
             tokens = slice(first, first + h * w)
-            clean = clean_from_velocity(self.clean[tokens], -error[tokens], times[i])
+            clean = clean_from_velocity(self.clean[tokens], error[tokens], times[i])
             latent = unpatchify(clean, h, w, patch)
             images.append(TargetImage(vae.names[i], times[i], tokens, latent, vae.images[i]))
             first += h * w

@@ -20,6 +20,7 @@ from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from ..attention import Attention
+from ..batch import TensorRecord
 from .config import BagelConfig
 from .modeling_utils import Rope, apply_rope, signed
 
@@ -41,8 +42,9 @@ def _sum(a: Blocks, b: Blocks) -> Blocks:
 
 
 @dataclass(frozen=True)
-class ExpertOrder:
-    """Which tokens of the sequence belong to which expert."""
+class ExpertOrder(TensorRecord):
+    """Which tokens of the sequence belong to which expert. (Where a model lies on several devices,
+    accelerate moves the arguments of a layer that have `to`.)"""
 
     und: Tensor
     """int64 places of the understanding tokens, ascending."""
@@ -59,10 +61,6 @@ class ExpertOrder:
         num_gen = len(gen_indexes)
         order = is_gen.argsort(stable=True)
         return cls(order[: num_tokens - num_gen], order[num_tokens - num_gen :])
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ExpertOrder":
-        und, gen = (x.to(device, non_blocking=non_blocking) for x in (self.und, self.gen))
-        return ExpertOrder(und, gen)
 
     def split(self, x: Tensor) -> Blocks:
         """(S, ...) in sequence order -> blocks."""

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import Qwen2Config, SiglipVisionConfig
 
-from modeling.autoencoder import AutoencoderConfig
+from modeling.autoencoder import VAE_PREFIX, AutoencoderConfig
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
-from modeling.pretrained import VAE_PREFIX, CheckpointError, read_config
+from modeling.pretrained import CheckpointError, read_config
 from tests.helpers import FIXTURES
 
 LLM = {

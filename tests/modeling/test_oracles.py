@@ -9,7 +9,7 @@ import torch
 from transformers import Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from data.packer import Sample, TextSegment, VaeSegment, VitSegment
-from modeling.attention import PackedAttention, grouped_sdpa, packed_attention, split_mask
+from modeling.attention import PackedAttention, grouped_sdpa, split_mask
 from modeling.bagel.bagel import FlowInputs
 from modeling.bagel.context import Context
 from modeling.bagel.generation import TextConfig, generate_text
@@ -157,7 +157,7 @@ def test_flex_back_end_is_the_sdpa_back_end(copies):
 
 def test_back_end_unknown():
     with pytest.raises(ValueError, match="'flash' is none of"):
-        packed_attention([1], [1], ["causal"], "cpu", "flash")
+        tiny_config(attention_backend="flash")
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from tests.helpers import run_arguments
 from tests.ranks import run_on_ranks
 from train.adapters import is_adapter
 from train.build import build_trainer
+from train.checkpoint import plans
 
 LORA = {"lora_rank": 3, "lora_alpha": 6.0, "num_workers": 0, "total_steps": 3, "save_every": 1}
 
@@ -51,6 +52,9 @@ def test_a_step_folder_holds_the_merged_model(checkpoint, mixture, tmp_path):
     expected = start[f"{stem}.weight"] + 2.0 * b @ a
     torch.testing.assert_close(load_file(folder / "model.safetensors")[f"{stem}.weight"], expected)
     assert (b @ a).abs().max() > 1e-4
+    for stem_of_file, (files, planned) in plans(trainer).items():
+        saved = [load_file(folder / file) for file in files]
+        assert planned == sum(t.nbytes for tensors in saved for t in tensors.values()), stem_of_file
     averaged = load_file(folder / "adapters_ema.safetensors")
     assert averaged.keys() == adapters.keys()
     assert not torch.equal(averaged[f"{stem}.lora_B.default.weight"], b)

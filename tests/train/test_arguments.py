@@ -334,6 +334,7 @@ OTHER_DEFAULTS = dict.fromkeys(
         *("llm_qk_norm", "tie_word_embeddings", "layer_module", "max_latent_size"),
         *("latent_patch_size", "vit_patch_size", "vit_max_num_patch_per_side", "connector_act"),
         *("interpolate_pos", "vit_select_layer", "vit_rope", "timestep_shift", "num_shard"),
+        "num_replicate",
         *("pixel_loss_paired_only", "pixel_loss_use_v0"),
     )
 ) | {"num_workers": 1, "val_every": 0, "finetune_from_hf": True, "print_param_details": False}

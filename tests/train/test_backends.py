@@ -3,6 +3,7 @@
 The global batch is that of four packs throughout: ranks times accumulated micro-batches.
 """
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -18,7 +19,7 @@ from modeling.pretrained import load_pretrained, open_pretrained, save_pretraine
 from tests.helpers import run_arguments, tiny_config
 from tests.ranks import run_on_ranks
 from train.arguments import TrainingArguments
-from train.backends import make_backend
+from train.backends import make_backend, mesh_shape
 from train.build import build_trainer
 from train.distributed import process_group, world_size
 from train.optim import apply_freeze_plan
@@ -182,6 +183,20 @@ def test_backends_refuse_what_does_not_fit(checkpoint, mixture, tmp_path):
     ):
         settings = {"backend": "fsdp", "num_replicate": 2, "num_shard": 1}
         build_trainer(run_arguments(checkpoint, mixture, tmp_path, **settings))
+
+
+@pytest.mark.parametrize(
+    ("replicate", "shard", "expected"),
+    [(None, None, (2, 4)), (4, None, (4, 2)), (None, 2, (4, 2)), (1, None, (1, 8)), (2, 4, (2, 4))],
+)
+def test_a_group_is_a_node_unless_its_size_is_given(replicate, shard, expected, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    args = TrainingArguments(num_replicate=replicate, num_shard=shard)
+    assert mesh_shape(args, 8) == expected
+    assert mesh_shape(dataclasses.replace(args, sharding_strategy="FULL_SHARD"), 8) == (1, 8)
+    assert mesh_shape(TrainingArguments(backend="deepspeed"), 8) == (1, 8)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert mesh_shape(TrainingArguments(), 8) == (1, 8)
 
 
 def anonymous_bytes() -> int:

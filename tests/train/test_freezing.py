@@ -29,10 +29,10 @@ def test_a_line_for_all_layers_of_a_weight(checkpoint, mixture, tmp_path):
     lines = [re.sub(" +", " ", line).strip() for line in parameter_lines(model, args)]
     expected = {
         "2 x language_model.model.layers.*.self_attn.k_proj_moe_gen.weight (16, 32) "
-        "language_model, lr 0.25",
-        "2 x vit_model.vision_model.encoder.layers.*.mlp.fc1.bias (40,) frozen (freeze_vit)",
-        "1 x llm2vae.weight (16, 32) other, lr 0.001",
-        f"{len(list(model.vae.parameters()))} x vae.* frozen (freeze_vae)",
+        "trained, language_model, lr 0.25",
+        "2 x vit_model.vision_model.encoder.layers.*.mlp.fc1.bias (40,) frozen by freeze_vit",
+        "1 x llm2vae.weight (16, 32) trained, other, lr 0.001",
+        f"{len(list(model.vae.parameters()))} x vae.* frozen by freeze_vae",
     }
     assert expected <= set(lines)
     assert sum(int(line.split()[0]) for line in lines) == len(list(model.parameters()))

@@ -178,6 +178,15 @@ def test_what_a_run_needs_beside_weights_and_data_is_looked_for(page, tmp_path):
     assert f"{path}:12: output_img must be a list of {{path}} (1 of 12 records are bad)" in told
 
 
+def test_the_stage_of_a_ds_config_file_is_that_of_the_page(page, tiny_pairs, tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    given = {"config": "configs/tiny/demo.yaml", "dataset_config_file": tiny_pairs}
+    given |= {"backend": "deepspeed", **SMALL_PACKS}
+    of_file = page(tmp_path, **given, ds_config_file=tmp_path / "ds.json")
+    assert of_file == page(tmp_path, **given, zero_stage=3) != page(tmp_path, **given)
+    assert "deepspeed, ZeRO 3: " in of_file[1]
+
+
 def test_a_run_that_would_continue(page, checkpoint, mixture, tmp_path):
     """Its state is compared with what the arguments train now; large files are not hashed."""
     same = {"total_steps": 1, "freeze_vit": True, "hang_timeout": 0}

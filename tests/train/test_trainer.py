@@ -25,11 +25,11 @@ from tests.helpers import (
     write_mixture,
     write_pairs,
 )
-from train.build import build_trainer, open_model, resume_folder
+from train.build import build_trainer, open_model, resume_folder, start
 from train.checkpoint import step_folders
 from train.guard import NonFiniteError
 from train.main_sr_pixel_loss import main
-from train.metrics import MEASURED, Metrics
+from train.metrics import Metrics
 from train.trainer import Trainer
 
 PIXEL_SPACE = {
@@ -38,6 +38,8 @@ PIXEL_SPACE = {
     "ssim_loss_weight": 0.5,
     "ssim_loss_max_t": 1.0,
 }
+MEASURED = ("tokens_per_s", "tokens_per_s_per_gpu", "step_s", "data_wait_share", "mfu", "memory_gb")
+"""Names of a log line that depend on the machine, not on the run."""
 SAVED = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "trainer_state.json")
 
 
@@ -311,9 +313,14 @@ def test_weights_are_never_invented(checkpoint, mixture, tmp_path):
     assert build_trainer(run_arguments(folder, mixture, tmp_path, finetune_from_ema=True))
     (folder / "ema.safetensors").unlink()
     random = run_arguments(folder, mixture, tmp_path, init_from_scratch=True)
-    model, _, report = open_model(random, folder, "model")
+    model, _, report = open_model(random, folder, "random")
     assert report == f"RANDOM weights in the sizes of {folder} (init_from_scratch)"
     assert torch.count_nonzero(build_trainer(random).model.llm2vae.weight) == 0
+    step_folder = shutil.copytree(checkpoint, tmp_path / "run2" / "0000002")
+    (step_folder / "trainer_state.json").write_text("{}")
+    anew = run_arguments(step_folder, mixture, tmp_path, init_from_scratch=True)
+    assert start(anew, None) == (step_folder, "random")
+    assert torch.count_nonzero(build_trainer(anew).model.llm2vae.weight) == 0
     args.model.model_path = None
     with pytest.raises(ValueError, match="--model_path is needed.*init_from_scratch"):
         build_trainer(args)

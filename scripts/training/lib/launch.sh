@@ -62,8 +62,6 @@ for pair in model_path=MODEL_PATH data_root=DATA_ROOT dataset_config_file=DATASE
   variable=${pair#*=}
   [[ -z ${!variable:-} ]] || trainer+=("--${pair%=*}" "${!variable}")
 done
-backend=${BACKEND:-$(sed -n 's/^backend: *//p' "$CONFIG")}
-[[ $backend == deepspeed ]] || trainer+=(--num_replicate "$nodes" --num_shard "$gpus")
 
 command=(env "NCCL_DEBUG=${NCCL_DEBUG:-WARN}"
   "TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
