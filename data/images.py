@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .files import NamedBytes
 from .volumes import (
-    MAX_PIXELS,
     Axis,
     ImageError,
     Range,
@@ -26,6 +25,7 @@ from .volumes import (
     named_errors,
     read_dicom,
     read_nifti,
+    require_size,
 )
 
 GREY_RANGES = {"F": (0.0, 1.0), "I": (0.0, 65535.0)}
@@ -129,16 +129,10 @@ def image_size(path: ImageFile) -> tuple[int, int]:
 @contextmanager
 def _opened(path: ImageFile, page: int = 0) -> Iterator[Image.Image]:
     """The image of a file before its pixels are decoded."""
-    try:
-        with named_errors(path), Image.open(path) as image:
-            image.seek(page)
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(
-                    f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels"
-                )
-            yield image
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: {error}") from error
+    with named_errors(path), Image.open(path) as image:
+        image.seek(page)
+        require_size(image.height, image.width)
+        yield image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import images
+from data import volumes
 from data.images import ImageError, read_image, to_pm1, to_uint8
 from data.transforms import ResizeRule
 
@@ -72,10 +72,10 @@ def test_a_wrong_header_length_is_an_image_error(tmp_path):
 
 def test_oversized_images_are_refused(tmp_path, monkeypatch):
     path = saved(np.zeros((40, 30), np.uint8), tmp_path / "big.png")
-    monkeypatch.setattr(images, "MAX_PIXELS", 1199)
+    monkeypatch.setattr(volumes, "MAX_PIXELS", 1199)
     with pytest.raises(ImageError, match=r"big.png: 30x40 is more than 1199 pixels"):
         read_image(path)
-    monkeypatch.setattr(images, "MAX_PIXELS", 1200)
+    monkeypatch.setattr(volumes, "MAX_PIXELS", 1200)
     assert read_image(path).size == (30, 40)
 
 
