@@ -185,8 +185,8 @@ class TextToImageTask(Task):
             # Else it is a text that begins so: `[CT] axial slice`.
             with suppress(ValueError, RecursionError):
                 found = json.loads(found)
-        values = found.values() if isinstance(found, dict) else found
-        captions = [found] if isinstance(found, str) else [v for v in values or () if v]
+        values = list(found.values()) if isinstance(found, dict) else found
+        captions = [v for v in values if v] if isinstance(values, list) else [values]
         if not any(captions) or not all(isinstance(caption, str) for caption in captions):
             raise RecordError(f"{record.source}: text to image needs captions or a human message")
         return captions
@@ -249,7 +249,8 @@ class EditSequenceTask(Task):
 
     def segments(self, record: Record, look: Look, choice: Random) -> list[Segment]:
         steps: Any = record.raw.get("instruction_list")
-        images, ways = len(record.inputs), [_texts(step) for step in steps or ()]
+        ways = [_texts(step) for step in steps] if isinstance(steps, list) else []
+        images = len(record.inputs)
         if images < 2 or len(ways) != images - 1 or not all(ways):
             raise RecordError(
                 f"{record.source}: {images} images in image_list need one entry less, of texts, in "
