@@ -47,6 +47,13 @@ def file_kind(path: ImageFile) -> Literal["nifti", "dicom", "image"]:
         return "dicom" if is_dicom else "image"
 
 
+def _image_kind(path: ImageFile) -> Literal["dicom", "image"]:
+    """Raises ImageError also for NIfTI, whose images are slices of a volume."""
+    if (kind := file_kind(path)) == "nifti":
+        raise ImageError(f"{path}: NIfTI holds volumes: see make_pairs.py")
+    return kind
+
+
 def _bytes_of(path: ImageFile) -> AbstractContextManager[BinaryIO]:
     """Closed at the end if it is opened here."""
     return Path(path).open("rb") if isinstance(path, str | Path) else nullcontext(path)
@@ -93,7 +100,7 @@ def read_image(path: ImageFile, paired: bool = False) -> Image.Image:
     paired also for a DICOM file that does not state what black and white are.
     """
     path = _named(path)
-    if file_kind(path) != "image":
+    if _image_kind(path) == "dicom":
         scan = read_scan(path)
         if scan.is_volume:
             raise ImageError(f"{path}: a volume of {len(scan.values)} slices: see make_pairs.py")
@@ -119,7 +126,7 @@ def require_one_window(source: str, images: Iterable[Image.Image]) -> None:
 def image_size(path: ImageFile) -> tuple[int, int]:
     """(width, height) from the header of a file; raises ImageError as `read_image` does."""
     path = _named(path)
-    if file_kind(path) == "dicom":
+    if _image_kind(path) == "dicom":
         header = dicom_header(path)
         return header.Columns, header.Rows
     with _opened(path) as image:

@@ -30,7 +30,7 @@ from .results import (
     read_settings,
     read_statistics,
 )
-from .summary import same_sample
+from .summary import input_paths, same_sample
 from .text_metrics import TEXT_PROTOCOLS
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -184,7 +184,7 @@ def samples(tests: list[list[int]], runs: list[Run], album: Album, white: float)
 def _description(result: Json) -> Json:
     return {
         "sample_id": result["sample_id"],
-        "input": (result.get("input_img") or [{}])[0].get("path"),
+        "input": next(iter(input_paths(result)), None),
         "degradation": result.get("degrade_type"),
         "error": result.get("error"),
     }

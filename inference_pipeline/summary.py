@@ -98,7 +98,7 @@ def paired(a: Sequence[Result], b: Sequence[Result], number: str = "psnr") -> Pa
         found = [rows[i] for rows in (rows_a, rows_b) if i in rows]
         if len(found) == 2 and same_sample(*found):
             continue
-        one, other = (str(_inputs(rows[i])) if i in rows else "-" for rows in (rows_a, rows_b))
+        one, other = (str(input_paths(rows[i])) if i in rows else "-" for rows in (rows_a, rows_b))
         what = f"images of sample {i}, {one}, changed"
         what = what if one == other else f"sample {i} is {one} and {other}"
         raise ValueError(f"the test sets differ: {what}")
@@ -130,10 +130,10 @@ def same_sample(a: Result, b: Result) -> bool:
     """Whether two results are of one sample, by names and content."""
     # Empty for images that could not be read, absent in folders of the users' scripts.
     images = {result["images"] for result in (a, b) if result.get("images")}
-    return _inputs(a) == _inputs(b) and len(images) < 2
+    return input_paths(a) == input_paths(b) and len(images) < 2
 
 
-def _inputs(result: Result) -> list[Any]:
+def input_paths(result: Result) -> list[Any]:
     """Paths of a sample's inputs, which the users' results name with their sizes, or alone."""
     refs = result.get("input_img")
     each = refs if isinstance(refs, list) else [refs]

@@ -457,10 +457,12 @@ def test_the_model_reads_single_dicom_images(tmp_path):
     expected = np.round(read_scan(path).image_01() * 255)
     assert np.array_equal(np.asarray(shown)[..., 1], expected)
     assert image_size(shipped("examples_overlay.dcm")) == (484, 300)
+    with pytest.raises(ImageError, match="rtdose.dcm: a volume of 15 slices: see make_pairs.py"):
+        read_image(shipped("rtdose.dcm"))
     volume = nifti(np.zeros((2, 3, 4), np.int16), tmp_path / "brain.nii")
-    for path, slices in ((volume, 4), (shipped("rtdose.dcm"), 15)):
-        with pytest.raises(ImageError, match=rf"{path.name}: a volume of {slices} slices"):
-            read_image(path)
+    for read in (read_image, image_size):
+        with pytest.raises(ImageError, match="brain.nii: NIfTI holds volumes: see make_pairs.py"):
+            read(volume)
 
 
 def test_deep_greys(tmp_path):

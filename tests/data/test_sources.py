@@ -21,7 +21,7 @@ from pydicom.data import get_testdata_file
 from data import sources
 from data.config import load_mixture
 from data.files import NamedBytes, folder_of, within
-from data.images import ImageError, image_size, read_image
+from data.images import ImageError, image_size, read_image, read_scan
 from data.records import Form, ImageRef, RecordError, parse_record
 from data.sources import JsonlRecords, ParquetRecords, good_records
 from data.tally import reason_of
@@ -338,6 +338,8 @@ def test_scans_at_a_url_and_in_parquet_are_those_on_the_disk(tmp_path):
         content = NamedBytes(file.read_bytes(), ref.path)
         assert image_size(content) == size == expected.size == (128, 128)
     with pytest.raises(ImageError, match=r"^memory://scans/a.nii.gz: NIfTI is read from local"):
+        read_scan(NamedBytes(b"no matter", "memory://scans/a.nii.gz"))
+    with pytest.raises(ImageError, match=r"^memory://scans/a.nii.gz: NIfTI holds volumes: see"):
         open_image("memory://scans", ImageRef(path="a.nii.gz"))
 
 
