@@ -6,7 +6,6 @@ PNG, JPEG and TIFF (its first page), 8, 16 and 32 bits, grey, RGB and RGBA; DICO
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -15,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .files import NamedBytes
 from .volumes import (
     Axis,
     ImageError,
@@ -88,18 +86,12 @@ def read_scan(
     return replace(scan, values=scan.values[frame], spacing=scan.spacing[1:])
 
 
-def _named(path: ImageFile) -> ImageFile:
-    """What has no name but its address in memory gets one."""
-    return NamedBytes(path.getvalue(), "encoded image") if type(path) is BytesIO else path
-
-
 def read_image(path: ImageFile, paired: bool = False) -> Image.Image:
     """The RGB image of a file; `paired` if another one must be scaled alike.
 
     Raises ImageError for a missing, damaged or oversized file, and for a volume; where it is
     paired also for a DICOM file that does not state what black and white are.
     """
-    path = _named(path)
     if _image_kind(path) == "dicom":
         scan = read_scan(path)
         if scan.is_volume:
@@ -125,7 +117,6 @@ def require_one_window(source: str, images: Iterable[Image.Image]) -> None:
 
 def image_size(path: ImageFile) -> tuple[int, int]:
     """(width, height) from the header of a file; raises ImageError as `read_image` does."""
-    path = _named(path)
     if _image_kind(path) == "dicom":
         header = dicom_header(path)
         return header.Columns, header.Rows

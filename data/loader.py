@@ -78,11 +78,6 @@ class PackedLoader:
             print(f"WARNING: {records} records for {workers}: records will repeat", flush=True)
 
     @property
-    def position(self) -> int:
-        """Samples of the stream that were packed or dropped, on all ranks."""
-        return sum(self.planner.draws) - len(self.planner.buffer)
-
-    @property
     def too_long(self) -> int:
         """Samples of the stream that were dropped for their length, on all ranks."""
         return sum(found.get(TOO_LONG, [0])[0] for found in self.planner.skipped.found)

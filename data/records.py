@@ -56,16 +56,6 @@ class Record:
     """The line as it was, with what else it says (`main_task_type`, `degrade_type`)."""
 
     @property
-    def input_image(self) -> str:
-        """Path of the first input image, relative to the data set's folder."""
-        return self.inputs[0].path
-
-    @property
-    def output_image(self) -> str | None:
-        """Of the first output image, if there is any."""
-        return self.outputs[0].path if self.outputs else None
-
-    @property
     def instruction(self) -> str:
         """The last human message without its image tags."""
         return self._last("human") or ""

@@ -257,7 +257,7 @@ def _samples(lines: Sequence[tuple[str, bytes]]) -> list[_Sample]:
                 said = json.loads(json.dumps(json.loads(line), ensure_ascii=False).encode())
             samples.append(_Sample(None, said if isinstance(said, dict) else {}, _told(error)))
             continue
-        name = Path(record.input_image)
+        name = Path(record.inputs[0].path)
         folder = Path("images", *(p for p in name.parent.parts if p not in ("/", "..")))
         stem = f"{folder}/{name.stem}"
         while stem in taken:  # another sample restores the same image
@@ -304,7 +304,7 @@ class _Batch:
         if sample.record is None:
             raise RecordError(sample.error)
         record, root = sample.record, self.config.image_root
-        if record.output_image is None:
+        if not record.outputs:
             raise RecordError(f"{record.source}: output_img is missing: nothing to compare with")
         tags = sum(text.count(IMAGE_TAG) for who, text in record.messages if who == "human")
         if tags not in (0, len(record.inputs)):

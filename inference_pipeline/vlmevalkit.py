@@ -20,13 +20,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 
 import torch
 from PIL import Image
 from rich.progress import track
 
+from data.files import NamedBytes
 from data.images import read_image
 from modeling.bagel.generation import TextConfig
 
@@ -72,7 +72,8 @@ def images(row: Row, shared: dict[str, Row], folder: Path) -> Iterator[Image.Ima
     """The images of a row and of the `shared` rows (by index) that it names."""
     for text in (encoded := cells(row, "image")):
         if len(text) > MAX_REFERENCE:
-            yield read_image(BytesIO(base64.b64decode("".join(text.split()), validate=True)))
+            content = base64.b64decode("".join(text.split()), validate=True)
+            yield read_image(NamedBytes(content, "encoded image"))
         elif text in shared:
             yield from images(shared[text], {}, folder)
         else:

@@ -29,7 +29,7 @@ from data.tasks import open_image
 from data.volumes import UnreachableError
 from tests.data.test_skipping import loader
 from tests.data.test_stream import digest
-from tests.helpers import RULES, write_mixture, write_pairs
+from tests.helpers import RULES, position, write_mixture, write_pairs
 
 TEXT = Form(inputs=(), needs=("texts",))
 
@@ -157,7 +157,7 @@ def test_planning_and_decoding_share_row_groups(checkpoint, tmp_path, monkeypatc
     opened = sources._parquet_file
     monkeypatch.setattr(sources, "_parquet_file", lambda f: (read.append(1), opened(f))[1])
     monkeypatch.setattr(sources, "HELD_BYTES", 8 * size)
-    while packs.position < count:
+    while position(packs) < count:
         packs.next_batch()
         assert len(records._held) <= 9
     assert len(read) <= count / rows + 3
@@ -349,5 +349,3 @@ def test_messages_about_bytes_name_them(tmp_path):
     with pytest.raises(ImageError) as caught:
         open_image(tmp_path, ref)
     assert str(caught.value) == "f:3: image: cannot identify image file 'f:3: image'"
-    with pytest.raises(ImageError, match="^encoded image: cannot .* file 'encoded image'$"):
-        read_image(io.BytesIO(b"no image"))
