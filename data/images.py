@@ -172,7 +172,7 @@ def to_pm1(image: Image.Image) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
-def to_uint8(image_pm1: Tensor) -> np.ndarray:
-    """(3, H, W) nominally in [-1, 1] -> (H, W, 3) uint8, clamped and rounded."""
+def to_image(image_pm1: Tensor) -> Image.Image:
+    """(3, H, W) nominally in [-1, 1] -> RGB image, clamped and rounded."""
     scaled = (image_pm1.float().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(scaled.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())

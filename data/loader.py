@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from modeling.batch import PackedBatch
 
-from .config import RULES, GroupConfig
+from .config import GroupConfig
 from .packer import PackerConfig
 from .stream import LoaderConfig, Planner
 from .tally import TOO_LONG, Bad, Tally
 from .tokenizer import Tokenizer
-from .transforms import NO_IMAGES
+from .transforms import NO_IMAGES, RULES
 
 WAY_OUT = (
     "take the weights alone into a new run: --resume_from with --resume_model_only True and "
@@ -140,7 +140,7 @@ class PackedLoader:
 
     def state_dict(self) -> dict[str, Any]:
         sets = [[d.name, len(d.records)] for d in self.planner.datasets]
-        damaged = Tally(self.damaged.found).found
+        damaged = copy.deepcopy(self.damaged.found)
         own = {"datasets": sets, "settings": {**self.planner.settings}}
         return own | self.planner.state() | {"damaged": damaged}
 

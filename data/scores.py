@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 from skimage.metrics import structural_similarity
 
-from .images import to_uint8
+from .images import to_image
 from .transforms import ResizeRule
 
 PSNR_OF_EQUAL_IMAGES = 999.99
@@ -47,7 +47,7 @@ def references(
 
     The truth passes the rule that the model's images pass, then both are resampled.
     """
-    through_rule = Image.fromarray(to_uint8(rule(truth)))
+    through_rule = to_image(rule(truth))
     return (
         degraded.resize(size, Image.Resampling.NEAREST),
         through_rule.resize(size, Image.Resampling.BICUBIC),

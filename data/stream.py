@@ -9,6 +9,7 @@ What a record or the header of its image shows to be useless never enters a pack
 shows is left out of its pack by the rank that has it, and the plan stays as it is.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -234,7 +235,7 @@ class Planner:
         return {
             "draws": [*self.draws],
             "packed": [*self.packed],
-            "skipped": Tally(self.skipped.found).found,
+            "skipped": copy.deepcopy(self.skipped.found),
             "buffer": [list(draw) for draw in self.buffer],
         }
 

@@ -21,15 +21,7 @@ import numpy as np
 from PIL import Image
 
 from .metrics import PROTOCOLS, describe
-from .results import (
-    RESULTS,
-    STATISTICS,
-    ResultsError,
-    command,
-    read_results,
-    read_settings,
-    read_statistics,
-)
+from .results import RESULTS, ResultsError, command, read_results, read_settings, read_statistics
 from .summary import input_paths, same_sample
 from .text_metrics import TEXT_PROTOCOLS
 
@@ -78,7 +70,7 @@ class Run:
 def find_runs(folders: list[Path]) -> list[Run]:
     """The result folders among `folders` and below them, each once.
 
-    Raises ResultsError where there is none, or where one has not come to its end.
+    Raises ResultsError where there is none, and as `read_run` does.
     """
     found: dict[Path, Run] = {}
     for folder in folders:
@@ -86,14 +78,12 @@ def find_runs(folders: list[Path]) -> list[Run]:
         if not places:
             raise ResultsError(f"{folder}: neither {RESULTS} there nor in a folder below it")
         for place in places:
-            if not (place / STATISTICS).exists():
-                raise ResultsError(f"{place}: no {STATISTICS}: let the batch inference finish")
             found.setdefault(place.resolve(), read_run(place))
     return [*found.values()]
 
 
 def read_run(folder: Path) -> Run:
-    """Raises ResultsError that names the file and the line."""
+    """Raises ResultsError that names the file and the line, FileNotFoundError for a file."""
     results = {result["sample_id"]: result for result in read_results(folder)}
     return Run(folder, read_settings(folder), read_statistics(folder), results)
 

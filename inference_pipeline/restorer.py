@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.config import RULES
-from data.images import to_uint8
-from data.packer import Segment, TextSegment, VitSegment
-from data.tasks import RestorationTask, Size, filled
+from data.images import to_image
+from data.packer import Segment, TextSegment
+from data.records import Size
+from data.tasks import RestorationTask, filled
 from data.tokenizer import Tokenizer
-from data.transforms import ResizeRule
+from data.transforms import RULES, ResizeRule
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.context import Context
 from modeling.bagel.generation import (
@@ -208,7 +208,7 @@ class Restorer:
         """The image changed as told, without assessment; with `think` after reasoning in text."""
         prompt = self.task.context(image, _stated(instruction))
         if think:
-            prompt = [self._text(THINK), *prompt]
+            prompt = [self.task.text(THINK), *prompt]
         request = Request(
             prompt=prompt,
             text=think,
@@ -241,9 +241,9 @@ class Restorer:
         """(index, text) as they finish; a finished one makes room for the next at once."""
 
         def request(images: Sequence[Image.Image], question: str) -> Request:
-            prompt: list[Segment] = [self._text(THINK)] if think else []
-            prompt += [VitSegment(image_pm1=self.task.vit_rule(image)) for image in images]
-            prompt.append(self._text(_stated(question, "question")))
+            prompt: list[Segment] = [self.task.text(THINK)] if think else []
+            prompt += [self.task.vit(image) for image in images]
+            prompt.append(self.task.text(_stated(question, "question")))
             return Request(prompt=prompt, text=text or TextConfig(), seed=seed)
 
         for i, reply in self.generate((request(*q) for q in questions), batch_size):
@@ -254,7 +254,7 @@ class Restorer:
         """The autoencoder's reconstruction of an image: the ceiling of any restoration."""
         image_pm1: Tensor = self.task.vae_rule(image).to(self.model.device)
         latent = self.model.encode_images([image_pm1])[0]
-        return Image.fromarray(to_uint8(self.model.vae.decode(latent[None])[0]))
+        return to_image(self.model.vae.decode(latent[None])[0])
 
     # How it is computed.
 
@@ -299,15 +299,12 @@ class Restorer:
     def _context(self) -> Context:
         return Context(self.model, self.task.tokenizer.special)
 
-    def _text(self, words: str) -> TextSegment:
-        return TextSegment(ids=self.task.tokenizer.encode(words))
-
     def _sampled(self, entries: dict[int, _Open]) -> Iterator[tuple[int, Reply]]:
         images = generate_images([self._image_job(entry) for entry in entries.values()])
         for (i, entry), image in zip(entries.items(), images, strict=True):
             if not image.isfinite().all():
                 raise ValueError("the restored image is not finite: look at weights and guidance")
-            yield i, self._reply(entry, Image.fromarray(to_uint8(image)))
+            yield i, self._reply(entry, to_image(image))
 
     def _image_job(self, entry: _Open) -> ImageJob:
         request, sampling = entry.request, entry.request.sampling or SamplingConfig()

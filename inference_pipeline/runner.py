@@ -29,7 +29,7 @@ from data.scores import references
 from data.tasks import open_pair, require_sizes
 from modeling.bagel.generation import SamplingConfig, TextConfig
 
-from .metrics import PROTOCOL, measure_all
+from .metrics import ALWAYS, PROTOCOL, measure_all
 from .perceptual import Lpips
 from .restorer import PromptStyle, Restoration, Restorer
 from .results import (
@@ -70,7 +70,7 @@ class RunConfig:
     prompt_style: PromptStyle = "trained"
     protocols: tuple[str, ...] = (PROTOCOL,)
     """The first one's numbers have plain names."""
-    metrics: tuple[str, ...] = ("psnr", "ssim")
+    metrics: tuple[str, ...] = ALWAYS
     lpips_weights: Path | None = None
     """With a file, LPIPS is measured too."""
 
@@ -79,7 +79,7 @@ class RunConfig:
             raise ValueError(f"batch_size={self.batch_size} is less than 1")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} is not in [0, 2^63)")
-        if missing := {"psnr", "ssim"} - {*self.metrics}:
+        if missing := {*ALWAYS} - {*self.metrics}:
             raise ValueError(f"metrics: {sorted(missing)} are always measured: name them too")
 
 
@@ -177,9 +177,8 @@ def _claim_folder(restorer: Restorer, config: RunConfig, lines: list[bytes]) -> 
     """`claim` with everything that changes a result; files count by content, not by place."""
     folder, task = Path(restorer.report.folder), restorer.task
     model_id, step = identity(folder)
-    settings = asdict(config) | {
-        "checkpoint": mark_of(restorer.report),
-        "dtype": str(restorer.model.dtype).removeprefix("torch."),
+    settings = asdict(config) | mark_of(restorer.report, restorer.model.dtype)
+    settings |= {
         "model_id": model_id,
         "step": step,
         "test_set": digest(*lines),

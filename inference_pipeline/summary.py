@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap, wilcoxon
 
-from .metrics import PROTOCOL, PSNR_OF_EQUAL_IMAGES, known, number_names
+from data.scores import PSNR_OF_EQUAL_IMAGES
+
+from .metrics import PROTOCOL, known, number_names
 
 Result = Mapping[str, Any]
 """One line of results.jsonl."""
@@ -105,7 +107,7 @@ def paired(a: Sequence[Result], b: Sequence[Result], number: str = "psnr") -> Pa
     pairs = [(rows_a[i], rows_b[i]) for i in rows_a]
     good = [pair for pair in pairs if not any("error" in r for r in pair)]
     numbers = {k for pair in good for r in pair for k, v in r.items() if isinstance(v, int | float)}
-    known(number, sorted(numbers), "number")
+    known(number, numbers, "number")
     measured = [pair for pair in good if any(number in r for r in pair)]
     if not all(number in r for pair in measured for r in pair):
         raise ValueError(f"{number} stands in one run alone: measure both by the same protocols")

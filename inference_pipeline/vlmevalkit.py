@@ -15,7 +15,6 @@ import argparse
 import ast
 import base64
 import csv
-import difflib
 import json
 import re
 from collections import Counter
@@ -26,6 +25,7 @@ import torch
 from PIL import Image
 from rich.progress import track
 
+from data.config import nearest
 from data.files import NamedBytes
 from data.images import read_image
 from modeling.bagel.generation import TextConfig
@@ -54,11 +54,10 @@ def read_rows(path: Path) -> list[Row]:
             rows = list(csv.DictReader(file, dialect="excel-tab", restkey="", restval=""))
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: no table: {error}") from error
-    columns = rows[0] if rows else {}
+    columns = {*rows[0]} if rows else set()
     image = "image_path" if "image_path" in columns else "image"
-    for name in sorted({"index", "question", image} - columns.keys()):
-        near = difflib.get_close_matches(name, columns, n=1) or "nothing like it"
-        raise ValueError(f"{path}: no rows with a column {name!r}; there is {near}")
+    for name in sorted({"index", "question", image} - columns):
+        raise ValueError(f"{path}: no rows with a column {name!r}: {nearest(name, columns)}")
     return rows
 
 
@@ -199,9 +198,7 @@ def _files(row: Row, shared: dict[str, Row], folder: Path) -> str:
 def _claim_folder(restorer: Restorer, tsv: Path, output_dir: Path, text: TextConfig) -> str:
     """Name of the model; `claim` with what changes an answer."""
     folder = Path(restorer.report.folder).resolve()
-    settings = {
-        "checkpoint": mark_of(restorer.report),
-        "dtype": str(restorer.model.dtype).removeprefix("torch."),
+    settings = mark_of(restorer.report, restorer.model.dtype) | {
         "questions": digest(tsv.read_bytes()),
         "text": vars(text),
         "request": REQUEST,

@@ -12,7 +12,6 @@ gaps between them that belong to none. Slices that are nearly black are left out
 """
 
 import argparse
-import difflib
 import json
 import re
 import sys
@@ -33,6 +32,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from data.config import nearest  # noqa: E402
 from data.degradations import DEGRADATIONS, HU_RANGE, degrade  # noqa: E402
 from data.images import ImageError, Scan  # noqa: E402
 from data.tasks import require_sizes  # noqa: E402
@@ -320,8 +320,8 @@ def plan(text: str) -> Plan:
         raise argparse.ArgumentTypeError(f"{text!r} is no NAME:SEVERITY or NAME:LOW-HIGH")
     name, low, high = found.group(1), float(found[2]), float(found[3] or found[2])
     if name not in DEGRADATIONS:
-        near = difflib.get_close_matches(name, DEGRADATIONS, n=1, cutoff=0.0)[0]
-        raise argparse.ArgumentTypeError(f"unknown degradation {name!r}; did you mean {near!r}?")
+        hint = nearest(name, DEGRADATIONS)
+        raise argparse.ArgumentTypeError(f"unknown degradation {name!r}; {hint}")
     if not 0 < low <= high <= 1:
         raise argparse.ArgumentTypeError(f"{text!r}: severities are above 0 and at most 1")
     return name, low, high

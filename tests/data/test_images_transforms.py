@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from data import volumes
-from data.images import ImageError, read_image, to_pm1, to_uint8
+from data.images import ImageError, read_image, to_image, to_pm1
 from data.transforms import ResizeRule
 
 
@@ -85,8 +85,9 @@ def test_pixels_to_tensors_and_back():
     assert tensor.shape == (3, 16, 16) and tensor.dtype == torch.float32
     assert tensor[1, 2, 3] == pytest.approx((array[2, 3, 1] / 255 - 0.5) / 0.5, abs=1e-6)
     assert (tensor.min().item(), tensor.max().item()) == (-1.0, 1.0)
-    assert np.array_equal(to_uint8(tensor), array)
-    assert to_uint8(torch.tensor([-3.0, 3.0, 0.0]).reshape(3, 1, 1)).tolist() == [[[0, 255, 128]]]
+    assert np.array_equal(to_image(tensor), array)
+    beyond = to_image(torch.tensor([-3.0, 3.0, 0.0]).reshape(3, 1, 1))
+    assert beyond.mode == "RGB" and beyond.getpixel((0, 0)) == (0, 255, 128)
 
 
 VAE = ResizeRule(image_stride=16, max_image_size=1024, min_image_size=512)

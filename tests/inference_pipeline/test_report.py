@@ -238,6 +238,9 @@ def test_what_no_report_can_be_made_of(tmp_path, capsys):
     (folder / "statistics.json").unlink()
     with pytest.raises(ResultsError, match="run: no statistics.json: let the batch inference"):
         find_runs([tmp_path])
+    (folder / "settings.json").unlink()
+    with pytest.raises(FileNotFoundError, match="No such file .*run/statistics.json"):
+        find_runs([tmp_path])
 
 
 @pytest.fixture(scope="module")

@@ -333,8 +333,8 @@ def test_tables_that_are_none(tmp_path):
     for content, message in (
         (b"", "column 'image'"),
         (b"index\timage\tquestion\n", "no rows"),
-        (b"index\timages\tquestion\n1\tx\ty\n", r"column 'image'; there is \['images'\]"),
-        (b"idx\timage_path\tquestion\n1\tx\ty\n", "column 'index'; there is"),
+        (b"index\timages\tquestion\n1\tx\ty\n", r"column 'image': did you mean 'images'"),
+        (b"idx\timage_path\tquestion\n1\tx\ty\n", "column 'index': did you mean 'idx'"),
         (b"index\timage\tquestion\n1\tx\t\xff\n", "no table: 'utf-8'"),
     ):
         path.write_bytes(content)
