@@ -11,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import count, zip_longest
+from itertools import count, product, zip_longest
 from typing import Any
 
 import torch
@@ -56,13 +56,11 @@ class PackedLoader:
     ) -> None:
         self.config, self.packer_config = config, packer_config
         self.rank, self.world_size = rank, world_size
-        self.resize_rules = {
-            name: asdict(rule)
-            for name in RULES
-            for rule in [getattr(group, name) for group in reversed(mixture)]
-            if rule != NO_IMAGES
-        }
+        self.resize_rules: dict[str, dict[str, int]] = {}
         """Of the first group that has such images, as keys of a mixture."""
+        for name, group in product(RULES, mixture):
+            if (rule := getattr(group, name)) != NO_IMAGES:
+                self.resize_rules.setdefault(name, asdict(rule))
         self.planner = Planner(mixture, config, packer_config, tokenizer)
         """Stands after the last global step whose batch was taken."""
         self.names = [dataset.name for dataset in self.planner.datasets]

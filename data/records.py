@@ -28,7 +28,7 @@ class Form:
     """Whether an image is made from another, so that both must be scaled alike."""
 
 
-RESTORATION = Form()
+DEFAULT_FORM = Form()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Record:
         return said[-1].replace(IMAGE_TAG, "").strip() if said else None
 
 
-def parse_record(line: str | bytes, source: str, form: Form = RESTORATION) -> Record:
+def parse_record(line: str | bytes, source: str, form: Form = DEFAULT_FORM) -> Record:
     """Raises RecordError when the line is no JSON object or a field is missing or misshapen."""
     try:
         raw = json.loads(line)
@@ -84,7 +84,7 @@ def parse_record(line: str | bytes, source: str, form: Form = RESTORATION) -> Re
     return record_of(raw, source, form)
 
 
-def record_of(raw: Mapping[str, Any], source: str, form: Form = RESTORATION) -> Record:
+def record_of(raw: Mapping[str, Any], source: str, form: Form = DEFAULT_FORM) -> Record:
     """Raises RecordError when a field that the form names is missing or misshapen."""
     inputs, outputs, messages = (
         _entries(raw, getattr(form, part), part in form.needs, source, read)

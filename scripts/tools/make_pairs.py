@@ -210,6 +210,7 @@ def write_pairs(job: Job, args: argparse.Namespace) -> list[dict[str, Any]]:
     known: dict[str, Any] = {"hu_range": (low, high)} if scan.unit == "HU" else {}
     known |= {"pixel_mm": scan.spacing[0]} if scan.spacing else {}
     clean, records = save(folder / f"{job.volume}_{job.index:04d}_clean.png", scan.values), []
+    own = {words[0]: words[1:] for words in args.texts}
     for (name, *ends), draw in ((p, d) for p in args.degrade for d in range(args.draws)):
         key = [zlib.crc32(word.encode()) for word in (job.volume, name)]
         rng = np.random.default_rng([args.seed, *key, job.index, draw])
@@ -219,7 +220,6 @@ def write_pairs(job: Job, args: argparse.Namespace) -> list[dict[str, Any]]:
         target = clean
         if not np.array_equal(found.target_01, scan.values):
             target = save(stem.with_name(f"{stem.name}_clean.png"), found.target_01)
-        own = {words[0]: words[1:] for words in args.texts}
         instruction, assessment = own.get(name, (INSTRUCTIONS[found.task], found.sentence))
         record = {
             "main_task_type": found.task,
