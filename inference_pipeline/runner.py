@@ -95,30 +95,12 @@ def run(restorer: Restorer, config: RunConfig, processes: Processes = ALONE) -> 
     if not samples:
         raise ValueError(f"{config.annotation_file}: no sample")
 
-    lock = ExitStack()
-
-    def begin() -> dict[int, Result]:
-        folder = config.output_dir
-        lock.enter_context(_locked(folder))
-        if (folder / RESULTS).exists() and not (folder / SETTINGS).exists():
-            raise ResumeError(f"{folder}: results without {SETTINGS}: choose another --output_dir")
-        _claim_folder(restorer, config, [line.strip() for _, line in lines])
-        found = _merged(folder)
-        (folder / STATISTICS).unlink(missing_ok=True)  # until they are of all that is asked
-        # A failed sample is tried again in any case.
-        digests = {
-            i: sample.digest(config.image_root)
-            for i, sample in enumerate(samples)
-            if i in found and "error" not in found[i]
-        }
-        if away := [found[i]["input_img"] for i, images in digests.items() if not images]:
-            print(f"WARNING: the results of {len(away)} samples stay, whose images cannot be read:")
-            print(f"  the first is {away[0]} in {config.image_root}")
-        changed = {i for i, images in digests.items() if images not in ("", found[i]["images"])}
-        return {i: found[i] for i in range(len(samples)) if i in found and i not in changed}
-
-    with lock:
-        return _run(restorer, config, processes, samples, processes.first_says(begin))
+    contents = [line.strip() for _, line in lines]
+    with ExitStack() as held:
+        # By the first process alone, for all.
+        processes.first_says(lambda: held.enter_context(_locked(config.output_dir)))
+        done = processes.first_says(lambda: _finished(restorer, config, samples, contents))
+        return _run(restorer, config, processes, samples, done)
 
 
 @contextmanager
@@ -131,6 +113,29 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise ResumeError(f"{folder}: another run is at work in it") from error
         yield
+
+
+def _finished(
+    restorer: Restorer, config: RunConfig, samples: "list[_Sample]", lines: list[bytes]
+) -> dict[int, Result]:
+    """Claims the folder; the results in it that are still of the samples' images, by sample id."""
+    folder = config.output_dir
+    if (folder / RESULTS).exists() and not (folder / SETTINGS).exists():
+        raise ResumeError(f"{folder}: results without {SETTINGS}: choose another --output_dir")
+    _claim_folder(restorer, config, lines)
+    found = _merged(folder)
+    (folder / STATISTICS).unlink(missing_ok=True)  # until they are of all that is asked
+    # A failed sample is tried again in any case.
+    digests = {
+        i: sample.digest(config.image_root)
+        for i, sample in enumerate(samples)
+        if i in found and "error" not in found[i]
+    }
+    if away := [found[i]["input_img"] for i, images in digests.items() if not images]:
+        print(f"WARNING: the results of {len(away)} samples stay, whose images cannot be read:")
+        print(f"  the first is {away[0]} in {config.image_root}")
+    changed = {i for i, images in digests.items() if images not in ("", found[i]["images"])}
+    return {i: found[i] for i in range(len(samples)) if i in found and i not in changed}
 
 
 def _run(
@@ -227,18 +232,19 @@ def _merged(folder: Path) -> dict[int, Result]:
 
 @dataclass(frozen=True)
 class _Sample:
-    """One line of the test set, or why it is none."""
+    """One line of the test set."""
 
-    record: Record | None
+    record: Record | RecordError
+    """Or why it is none."""
     said: Mapping[str, Any]
     """Of the line, as far as it can be read."""
-    error: str = ""
     stem: str = ""
     """Of its images, relative to the output folder; no other sample has the same."""
 
     def digest(self, root: Path) -> str:
         """Of its images; empty where one cannot be read."""
-        refs = (*self.record.inputs, *self.record.outputs) if self.record else ()
+        record = self.record
+        refs = (*record.inputs, *record.outputs) if isinstance(record, Record) else ()
         try:
             return digest(*(read_bytes(within(root, ref.path)) for ref in refs))
         except (OSError, ValueError):
@@ -254,7 +260,7 @@ def _samples(lines: Sequence[tuple[str, bytes]]) -> list[_Sample]:
         except RecordError as error:
             with suppress(ValueError, RecursionError):  # so that its error counts for its task
                 said = json.loads(json.dumps(json.loads(line), ensure_ascii=False).encode())
-            samples.append(_Sample(None, said if isinstance(said, dict) else {}, _told(error)))
+            samples.append(_Sample(error, said if isinstance(said, dict) else {}))
             continue
         name = Path(record.inputs[0].path)
         folder = Path("images", *(p for p in name.parent.parts if p not in ("/", "..")))
@@ -290,7 +296,7 @@ class _Batch:
             try:
                 pairs[i] = self._read(self.samples[i])
             except (ValueError, OSError) as error:
-                errors[i] = self.samples[i].error or _told(error)
+                errors[i] = _told(error)
         numbers: dict[int, Result] = {}
         for i, restoration, seconds in self._restorations(pairs, errors):
             try:
@@ -300,9 +306,9 @@ class _Batch:
         return [self._result(i, numbers.get(i), errors.get(i)) for i in unit]
 
     def _read(self, sample: _Sample) -> _Pair:
-        if sample.record is None:
-            raise RecordError(sample.error)
         record, root = sample.record, self.config.image_root
+        if isinstance(record, RecordError):
+            raise record
         if not record.outputs:
             raise RecordError(f"{record.source}: output_img is missing: nothing to compare with")
         tags = sum(text.count(IMAGE_TAG) for who, text in record.messages if who == "human")
@@ -371,11 +377,14 @@ class _Batch:
             numbers |= text_numbers(restored.assessment, pair.record.assessment)
             numbers["reference_text"] = pair.record.assessment
         (config.output_dir / stem).parent.mkdir(parents=True, exist_ok=True)
-        saved = {"saved_input_img": "input", "saved_output_img": "GT", "pred_img": "pred"}
-        for kind, image in (("input", pair.degraded), ("GT", truth), ("pred", restored.image)):
-            image.save(config.output_dir / f"{stem}_{kind}.png")
+        for key, kind, image in (
+            ("saved_input_img", "input", pair.degraded),
+            ("saved_output_img", "GT", truth),
+            ("pred_img", "pred", restored.image),
+        ):
+            numbers[key] = f"{stem}_{kind}.png"
+            image.save(config.output_dir / numbers[key])
         return numbers | {
-            **{key: f"{stem}_{kind}.png" for key, kind in saved.items()},
             "prompt": pair.record.instruction,
             "understanding_text": restored.assessment,
             "inference_time": seconds,
@@ -384,7 +393,7 @@ class _Batch:
     def _result(self, i: int, numbers: Result | None, error: str | None) -> Result:
         sample, record = self.samples[i], self.samples[i].record
         copied: Result = {key: sample.said.get(key) for key in COPIED}
-        if record:
+        if isinstance(record, Record):
             # In one form, however the test set names them: samples are compared by these.
             for key, refs in (("input_img", record.inputs), ("output_img", record.outputs)):
                 copied[key] = [{"path": ref.path} for ref in refs]
