@@ -43,7 +43,7 @@ def scores(image: Image.Image, truth: Image.Image, kind: str = "") -> dict[str, 
 def references(
     degraded: Image.Image, truth: Image.Image, rule: ResizeRule, size: tuple[int, int]
 ) -> tuple[Image.Image, Image.Image]:
-    """The degraded and the true image at the (width, height) of a restoration.
+    """The degraded and the true image, 8-bit RGB, at the (width, height) of a restoration.
 
     The truth passes the rule that the model's images pass, then both are resampled.
     """

@@ -148,7 +148,7 @@ class Restorer:
         """Assesses an image, then restores it with the assessment in context, as trained.
 
         `size` (width, height) is that of the image to draw before the resize rule, for a larger
-        one than the input. Raises ValueError for an empty instruction.
+        one than the input. Raises ValueError for an empty instruction, and as `generate` does.
         """
         sizes = [size] if size else None
         return _only(self.restorations([(image, instruction)], sampling, text, seed, sizes=sizes))
@@ -166,7 +166,7 @@ class Restorer:
         """(index, result) of images with their instructions, as they finish.
 
         `sizes` (width, height) are those of the images to draw, before the resize rule; the inputs'
-        own without them.
+        own without them. Raises as `restore` does.
         """
         sampling, text = sampling or SamplingConfig(), text or TextConfig()
         kept = list(pairs)
@@ -192,7 +192,10 @@ class Restorer:
     def assess(
         self, image: Image.Image, instruction: str, text: TextConfig | None = None, seed: int = 42
     ) -> str:
-        """What is wrong with an image, in the words of the training data."""
+        """What is wrong with an image, in the words of the training data.
+
+        Raises ValueError for an empty instruction.
+        """
         prompt = self.task.context(image, _stated(instruction))
         request = Request(prompt=prompt, text=text or TextConfig(), seed=seed)
         return _only(self.generate([request])).text
@@ -205,7 +208,10 @@ class Restorer:
         seed: int = 42,
         think: TextConfig | None = None,
     ) -> Restoration:
-        """The image changed as told, without assessment; with `think` after reasoning in text."""
+        """The image changed as told, without assessment; with `think` after reasoning in text.
+
+        Raises as `restore` does.
+        """
         prompt = self.task.context(image, _stated(instruction))
         if think:
             prompt = [self.task.text(THINK), *prompt]
@@ -227,7 +233,10 @@ class Restorer:
         seed: int = 42,
         think: bool = False,
     ) -> str:
-        """A text about any number of images, which the ViT alone reads."""
+        """A text about any number of images, which the ViT alone reads.
+
+        Raises ValueError for an empty question.
+        """
         return _only(self.answers([(images, question)], text, seed, think=think))
 
     def answers(
@@ -238,7 +247,10 @@ class Restorer:
         batch_size: int = 1,
         think: bool = False,
     ) -> Iterator[tuple[int, str]]:
-        """(index, text) as they finish; a finished one makes room for the next at once."""
+        """(index, text) as they finish; a finished one makes room for the next at once.
+
+        Raises ValueError for an empty question.
+        """
 
         def request(images: Sequence[Image.Image], question: str) -> Request:
             prompt: list[Segment] = [self.task.text(THINK)] if think else []
@@ -264,7 +276,8 @@ class Restorer:
     ) -> Iterator[tuple[int, Reply]]:
         """(index, reply) of any mixture of requests, as they finish.
 
-        Up to `batch_size` texts are decoded and as many images sampled at a time.
+        Up to `batch_size` texts are decoded and as many images sampled at a time. Raises
+        ValueError for an image that is not finite.
         """
         opened: dict[int, _Open] = {}
         ready: dict[int, _Open] = {}
