@@ -192,10 +192,8 @@ class Restorer:
     def assess(
         self, image: Image.Image, instruction: str, text: TextConfig | None = None, seed: int = 42
     ) -> str:
-        """What is wrong with an image, in the words of the training data.
-
-        Raises ValueError for an empty instruction.
-        """
+        """What is wrong with an image, in the words of the training data. Raises ValueError for an
+        empty instruction."""
         prompt = self.task.context(image, _stated(instruction))
         request = Request(prompt=prompt, text=text or TextConfig(), seed=seed)
         return _only(self.generate([request])).text
@@ -209,9 +207,7 @@ class Restorer:
         think: TextConfig | None = None,
     ) -> Restoration:
         """The image changed as told, without assessment; with `think` after reasoning in text.
-
-        Raises as `restore` does.
-        """
+        Raises as `restore` does."""
         prompt = self.task.context(image, _stated(instruction))
         if think:
             prompt = [self.task.text(THINK), *prompt]
@@ -233,10 +229,7 @@ class Restorer:
         seed: int = 42,
         think: bool = False,
     ) -> str:
-        """A text about any number of images, which the ViT alone reads.
-
-        Raises ValueError for an empty question.
-        """
+        """A text about any number of images, which the ViT alone reads. Raises as `answers`."""
         return _only(self.answers([(images, question)], text, seed, think=think))
 
     def answers(
@@ -247,10 +240,8 @@ class Restorer:
         batch_size: int = 1,
         think: bool = False,
     ) -> Iterator[tuple[int, str]]:
-        """(index, text) as they finish; a finished one makes room for the next at once.
-
-        Raises ValueError for an empty question.
-        """
+        """(index, text) as they finish; a finished one makes room for the next at once. Raises
+        ValueError for an empty question."""
 
         def request(images: Sequence[Image.Image], question: str) -> Request:
             prompt: list[Segment] = [self.task.text(THINK)] if think else []

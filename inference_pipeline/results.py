@@ -47,15 +47,12 @@ def digest(*contents: bytes) -> str:
 def mark_of(report: LoadReport, dtype: torch.dtype) -> dict[str, Any]:
     """Settings that tell a model from others: its weights and what is in its folder, by the
     manifest's digests, without which sizes and times of the files stand in for their content."""
-    folder = Path(report.folder)
-    if (manifest := folder / MANIFEST).exists():
-        content = manifest.read_bytes()
-    else:
-        stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
-        stamps = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
-        content = "; ".join(stamps).encode()
-    mark = f"{report.weights} {digest(content)}"
-    return {"checkpoint": mark, "dtype": str(dtype).removeprefix("torch.")}
+    folder, manifest = Path(report.folder), Path(report.folder, MANIFEST)
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    stamps = "; ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
+    mark = digest(manifest.read_bytes() if manifest.exists() else stamps.encode())
+    named = {"checkpoint": f"{report.weights} {mark}"}
+    return named | {"dtype": str(dtype).removeprefix("torch.")}
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:

@@ -332,19 +332,10 @@ class _Batch:
         ids, config, start = list(pairs), self.config, time.perf_counter()
         asked = [(pairs[i].degraded, pairs[i].record.instruction) for i in ids]
         sizes = [pairs[i].truth.size for i in ids]  # as targets are trained
-        batch_size = min(config.batch_size, len(ids))
+        batch = min(config.batch_size, len(ids))
+        settings = config.sampling, config.text, config.seed, batch, config.prompt_style
         try:
-            results = dict(
-                self.restorer.restorations(
-                    asked,
-                    config.sampling,
-                    config.text,
-                    config.seed,
-                    batch_size,
-                    config.prompt_style,
-                    sizes,
-                )
-            )
+            results = dict(self.restorer.restorations(asked, *settings, sizes))
         except (ValueError, RuntimeError, OSError) as error:
             if len(ids) == 1:
                 errors[ids[0]] = _told(error)

@@ -152,14 +152,12 @@ def _answered(log: Path, rows: list[Row], shared: dict[str, Row], folder: Path) 
     Neither a line that a kill cut off counts, nor a failed row, nor files that have changed since.
     """
     lines = log.read_text().split("\n")[:-1] if log.exists() else []
-    good = {place: answer for place, answer in map(json.loads, lines) if not answer["error"]}
-    same = {
-        place: answer
-        for place, answer in good.items()
-        if _files(rows[place], shared, folder) in ("", answer.get("files"))
-    }
-    replace_text(log, "".join(json.dumps(item) + "\n" for item in same.items()))
-    return same
+    done = {place: answer for place, answer in map(json.loads, lines) if not answer["error"]}
+    for place in [*done]:
+        if _files(rows[place], shared, folder) not in ("", done[place].get("files")):
+            del done[place]
+    replace_text(log, "".join(json.dumps(item) + "\n" for item in done.items()))
+    return done
 
 
 def _write_table(path: Path, rows: list[Row]) -> None:
@@ -206,9 +204,9 @@ class _Answers:
                 wanted = request(self.rows[place], self.by_index, self.folder)
             except ValueError as error:
                 self._record(place, error=str(error))
-            else:
-                asked.append(place)
-                yield wanted
+                continue
+            asked.append(place)
+            yield wanted
 
     def _record(self, place: int, prediction: str = "", error: str = "") -> None:
         files = _files(self.rows[place], self.by_index, self.folder)
@@ -229,14 +227,13 @@ def _files(row: Row, shared: dict[str, Row], folder: Path) -> str:
 
 def _claim_folder(restorer: Restorer, tsv: Path, output_dir: Path, text: TextConfig) -> str:
     """Name of the model; `claim` with what changes an answer."""
-    folder = Path(restorer.report.folder).resolve()
     settings = mark_of(restorer.report, restorer.model.dtype) | {
         "questions": digest(tsv.read_bytes()),
         "text": vars(text),
         "request": REQUEST,
     }
     claim(output_dir, settings)
-    return "_".join(folder.parts[-2:])
+    return "_".join(Path(restorer.report.folder).resolve().parts[-2:])
 
 
 def main(argv: list[str] | None = None) -> int:
