@@ -45,17 +45,10 @@ class Run:
     results: dict[int, Json]
     """By sample id."""
 
-    @property
-    def name(self) -> str:
-        return self.settings["model_id"]
-
-    @property
-    def split(self) -> str:
-        return self.settings["split"]
-
     def beside(self, other: "Run") -> bool:
         """Whether numbers may stand side by side: one name, samples of one name and content."""
-        same = (self.split, self.results.keys()) == (other.split, other.results.keys())
+        same = self.settings["split"] == other.settings["split"]
+        same = same and self.results.keys() == other.results.keys()
         return same and all(same_sample(r, other.results[i]) for i, r in self.results.items())
 
     def ranked(self) -> dict[str, list[int]]:
@@ -199,10 +192,10 @@ def page_data(runs: list[Run], white: float, max_bytes: int) -> Json:
         "left_out": album.left_out,
         "images": album.uris,
         "protocols": {p: f"protocol {describe(p)}" for p in PROTOCOLS} | TEXT_PROTOCOLS,
-        "tests": [{"split": runs[members[0]].split, "runs": members} for members in sets],
+        "tests": [{"split": runs[ids[0]].settings["split"], "runs": ids} for ids in sets],
         "runs": [
             {
-                "name": run.name,
+                "name": run.settings["model_id"],
                 "folder": str(run.folder),
                 "step": run.settings.get("step"),
                 "protocols": run.settings["protocols"],

@@ -169,25 +169,20 @@ class Restorer:
         own without them. Raises as `restore` does.
         """
         sampling, text = sampling or SamplingConfig(), text or TextConfig()
-        kept = list(pairs)
+        kept, assessed = list(pairs), dict[int, str]()
+        if prompt_style == "origin":
+            questions = (([image], words) for image, words in kept)
+            assessed = dict(self.answers(questions, text, seed, batch_size))
 
-        def request(i: int, words: str, text: TextConfig | None) -> Request:
-            image = kept[i][0]
+        def request(i: int) -> Request:
+            image, words = kept[i]
             size = self.task.vae_rule.size(*(sizes[i] if sizes else image.size))
-            prompt = self.task.context(image, _stated(words))
-            return Request(prompt=prompt, text=text, sampling=sampling, size=size, seed=seed)
+            words = f"{words}\n\n{assessed[i]}".rstrip() if assessed else words
+            prompt, decoded = self.task.context(image, _stated(words)), None if assessed else text
+            return Request(prompt=prompt, text=decoded, sampling=sampling, size=size, seed=seed)
 
-        if prompt_style == "trained":
-            requests = (request(i, words, text) for i, (_, words) in enumerate(kept))
-            for i, reply in self.generate(requests, batch_size):
-                yield i, Restoration(_drawn(reply), reply.text)
-            return
-        questions = (([image], words) for image, words in kept)
-        assessed = dict(self.answers(questions, text, seed, batch_size))
-        joined = (f"{words}\n\n{assessed[i]}".rstrip() for i, (_, words) in enumerate(kept))
-        requests = (request(i, words, None) for i, words in enumerate(joined))
-        for i, reply in self.generate(requests, batch_size):
-            yield i, Restoration(_drawn(reply), assessed[i])
+        for i, reply in self.generate(map(request, range(len(kept))), batch_size):
+            yield i, Restoration(_drawn(reply), assessed.get(i, reply.text))
 
     def assess(
         self, image: Image.Image, instruction: str, text: TextConfig | None = None, seed: int = 42
