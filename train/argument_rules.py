@@ -6,11 +6,19 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .arguments import RunArguments, TrainingArguments
+    from .arguments import RunArguments
 
 STRATEGIES = ("HYBRID_SHARD", "FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD")
 FSDP_ONLY = ("num_replicate", "num_shard", "sharding_strategy", "cpu_offload")
 DEEPSPEED_ONLY = ("zero_stage", "ds_config_file")
+FROZEN_WITH = {
+    "und": ("freeze_llm",),
+    "vit": ("freeze_und",),
+    "llm": (),
+    "mot_und": ("freeze_llm", "freeze_und"),
+    "mot_gen": ("freeze_llm",),
+}
+"""Part with a freeze flag -> the flags of others that freeze all of it."""
 OLD_LAYER_MODULE = "Qwen2MoTDecoderLayer_with_hidden_outputs"
 """Default of former trainers; a class of that name has never existed."""
 
@@ -75,6 +83,11 @@ def settle(args: "RunArguments", docs: dict[str, str]) -> list[str]:
     for name in ("llm_path", "vit_path"):
         if t.finetune_from_hf and (path := getattr(model, name)) is not None:
             warnings.append(f"{name}={path} is not read with finetune_from_hf=True")
+    if model.lora_rank > 0 and t.freeze_und:
+        warnings.append(
+            f"lora_rank={model.lora_rank} with freeze_und=True trains the adapters of the "
+            "generation expert alone"
+        )
     if t.warmup_steps > t.total_steps:
         warnings.append(
             f"warmup_steps={t.warmup_steps} exceeds total_steps={t.total_steps}: lr={t.lr} is "
@@ -163,31 +176,23 @@ def _of_trained_parts(args: "RunArguments") -> Iterator[str]:
     t, model = args.training, args.model
     if t.lr_scheduler == "cosine" and t.min_lr > t.lr:
         yield f"min_lr={t.min_lr} exceeds lr={t.lr}"
-    for whole, part in (
-        ("freeze_llm", "freeze_und"),
-        ("freeze_llm", "freeze_mot_und"),
-        ("freeze_llm", "freeze_mot_gen"),
-        ("freeze_und", "freeze_mot_und"),
-    ):
-        if getattr(t, whole) and getattr(t, part):
-            yield f"{whole} already freezes what {part} would"
-    yield from _frozen_rates(t)
+    for part, wholes in FROZEN_WITH.items():
+        own, rate = f"freeze_{part}", getattr(t, f"{part}_lr", None)
+        holding = [flag for flag in (own, *wholes) if getattr(t, flag)]
+        if holding and rate is not None:
+            yield f"{part}_lr={rate} has nothing to train with {holding[0]}=True"
+        if own in holding:
+            yield from (f"{w} already freezes what {own} would: drop {own}" for w in holding[1:])
     if t.llm_lr is not None and (t.mot_und_lr is not None or t.mot_gen_lr is not None):
         yield "llm_lr and mot_und_lr or mot_gen_lr set the rate of the same weights: drop one"
-    if model.lora_rank > 0 and (t.freeze_mot_und or t.freeze_mot_gen):
+    flags = [f for f in ("freeze_llm", "freeze_mot_und", "freeze_mot_gen") if getattr(t, f)]
+    if model.lora_rank > 0 and flags:
         yield (
-            f"lora_rank={model.lora_rank} freezes the language model: drop freeze_mot_und and "
-            "freeze_mot_gen, and choose the adapted layers by lora_targets"
+            f"lora_rank={model.lora_rank} freezes the language model itself: drop "
+            f"{' and '.join(flags)}, and choose the adapted layers by lora_targets"
         )
     if model.lora_rank > 0 and not model.lora_targets.strip(", "):
         yield f"lora_rank={model.lora_rank} needs lora_targets"
-
-
-def _frozen_rates(t: "TrainingArguments") -> Iterator[str]:
-    for part in ("llm", "vit", "mot_und", "mot_gen"):
-        rate = getattr(t, f"{part}_lr")
-        if getattr(t, f"freeze_{part}") and rate is not None:
-            yield f"{part}_lr={rate} has nothing to train with freeze_{part}=True"
 
 
 def _of_scale(args: "RunArguments") -> Iterator[str]:

@@ -209,8 +209,23 @@ def test_files_that_extend_each_other(tmp_path):
         ),
         ({"freeze_vit": True, "vit_lr": 1}, "vit_lr=1.0 has nothing to train with freeze_vit=True"),
         ({"freeze_mot_und": True, "mot_und_lr": 1}, "mot_und_lr=1.0 has nothing to train"),
+        ({"freeze_und": True, "vit_lr": 1}, "vit_lr=1.0 has nothing to train with freeze_und=True"),
+        ({"freeze_und": True, "mot_und_lr": 1}, "mot_und_lr=1.0 has nothing to train with freeze"),
+        ({"freeze_llm": True, "mot_und_lr": 1}, "mot_und_lr=1.0 has nothing to train with freeze"),
+        ({"freeze_llm": True, "mot_gen_lr": 1}, "mot_gen_lr=1.0 has nothing to train with freeze"),
+        (
+            {"freeze_und": True, "freeze_vit": True},
+            "freeze_und already freezes what freeze_vit would: drop freeze_vit",
+        ),
         ({"llm_lr": 1, "mot_gen_lr": 1}, "llm_lr and mot_und_lr or mot_gen_lr"),
-        ({"lora_rank": 4, "freeze_mot_gen": True}, "lora_rank=4 freezes the language model"),
+        (
+            {"lora_rank": 4, "freeze_mot_gen": True},
+            "lora_rank=4 freezes the language model itself: drop freeze_mot_gen, and choose",
+        ),
+        (
+            {"lora_rank": 4, "freeze_llm": True, "freeze_mot_und": True},
+            "lora_rank=4 freezes the language model itself: drop freeze_llm and freeze_mot_und,",
+        ),
         ({"lora_rank": 4, "lora_targets": ", "}, "lora_rank=4 needs lora_targets"),
         ({"backend": "deepspeed", "num_shard": 8}, "num_shard=8 needs backend=fsdp, not deepspeed"),
         ({"backend": "deepspeed", "cpu_offload": True}, "cpu_offload=True needs backend=fsdp"),
@@ -263,7 +278,6 @@ def test_what_arguments_imply():
     assert (args.training.val_every, args.sources["val_every"]) == (0, "enable_validation")
     assert parse_arguments(["--num_workers=0", "--prefetch_factor=4"]).data.prefetch_factor == 4
     assert parse_arguments(["--max_grad_norm=inf"]).training.max_grad_norm == math.inf
-    assert parse_arguments(["--lora_rank=4", "--freeze_llm"]).model.lora_rank == 4
 
 
 @pytest.mark.parametrize(
@@ -286,6 +300,15 @@ def test_what_arguments_imply():
             ["command line: warmup_steps=9 exceeds total_steps=8: lr=0.0001 is never reached"],
         ),
         (["--vae_lr=1", "--e2e_lr=1"], ["command line: vae_lr", "command line: e2e_lr"]),
+        (
+            ["--lora_rank=4", "--freeze_und"],
+            ["command line: lora_rank=4 with freeze_und=True trains the adapters of the gen"],
+        ),
+        # Adapters have the learning rates of what they adapt.
+        (["--lora_rank=4", "--llm_lr=1"], []),
+        (["--lora_rank=4", "--mot_und_lr=1", "--mot_gen_lr=2"], []),
+        (["--freeze_und", "--llm_lr=1"], []),
+        (["--freeze_mot_und", "--freeze_mot_gen", "--llm_lr=1"], []),
     ],
 )
 def test_what_has_no_effect_is_told_once(argv, warnings):
