@@ -48,9 +48,10 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         r"(spike_)?warmup_steps|val_every|num_workers|max_buffer_size|prefer_buffer_before"
         r"|lora_rank|hang_timeout|min_lr|\w+_seed",
-        lambda x: x >= 0,
-        "must not be negative",
+        lambda x: 0 <= x < math.inf,
+        "must not be negative or infinite",
     ),
+    (r"\w+_(path|dir|file)|data_root|resume_from", lambda path: path != "", "is empty"),
     (r"(ce|mse|\w+_loss)_weight", lambda x: 0 <= x < math.inf, "must be a number from 0 on"),
     (r"\w+_cond_dropout_prob|lora_dropout", lambda p: 0 <= p <= 1, "is no probability"),
     (r"\w+_fraction|max_bad_share", lambda share: 0 <= share <= 1, "is no share in [0, 1]"),
@@ -197,10 +198,11 @@ def _of_trained_parts(args: "RunArguments") -> Iterator[str]:
 
 def _of_scale(args: "RunArguments") -> Iterator[str]:
     t, sources = args.training, args.sources
-    foreign = FSDP_ONLY if t.backend == "deepspeed" else DEEPSPEED_ONLY
-    needed = "fsdp" if t.backend == "deepspeed" else "deepspeed"
-    for name in foreign:
-        if name in sources and (value := getattr(t, name)) is not None:
+    own = {"single": (), "deepspeed": DEEPSPEED_ONLY}.get(t.backend, FSDP_ONLY)
+    for name in (*FSDP_ONLY, *DEEPSPEED_ONLY):
+        value = getattr(t, name)
+        if name in sources and name not in own and value not in (None, False):
+            needed = "fsdp" if name in FSDP_ONLY else "deepspeed"
             yield f"{name}={value} needs backend={needed}, not {t.backend}"
     if t.ds_config_file is not None and "zero_stage" in sources:
         yield f"zero_stage={t.zero_stage} would be overruled by ds_config_file={t.ds_config_file}"

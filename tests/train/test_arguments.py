@@ -54,6 +54,7 @@ def test_later_sources_win_and_are_remembered(tmp_path):
     [
         (["--bf16"], True),
         (["--bf16", "--lr", "1"], True),
+        (["--vit_rope", "--bf16"], True),
         (["--bf16", "true"], True),
         (["--bf16=FALSE"], False),
         (["--bf16", "False"], False),
@@ -66,7 +67,8 @@ def test_flags(argv, value):
 
 def test_flags_in_yaml(tmp_path):
     config = yaml_file(tmp_path / "a.yaml", "bf16: yes\nauto_resume: false\nvit_rope: null\n")
-    args = parse_arguments(["--config", config])
+    args = parse_arguments(["--config", config, "--wandb_name", "007"])
+    assert args.training.wandb_name == "007"
     assert (args.training.bf16, args.training.auto_resume, args.model.vit_rope) == (
         True,
         False,
@@ -96,6 +98,18 @@ def test_values_keep_their_types():
         ),
         (["--qqqq", "1"], "command line: unknown argument 'qqqq'"),
         (["lr", "1"], "'lr' belongs to no --argument"),
+        (["--checkpoint_dir", "--lr", "1"], "command line: --checkpoint_dir needs a value"),
+        (["--results_dir"], "command line: --results_dir needs a value"),
+        (["--total_steps"], "command line: --total_steps needs a value"),
+        (["--lr", "--bf16"], "command line: --lr needs a value"),
+        (["--config"], "command line: --config needs a value"),
+        (["--config", ""], "--config: .: there is no such file"),
+        (["--checkpoint_dir", ""], "command line: checkpoint_dir='' is empty"),
+        (["--results_dir="], "command line: results_dir='' is empty"),
+        (["--model_path="], "command line: model_path='' is empty"),
+        (["--resume_from="], "command line: resume_from='' is empty"),
+        (["--dataset_config_file="], "command line: dataset_config_file='' is empty"),
+        (["--data_root="], "command line: data_root='' is empty"),
     ],
 )
 def test_mistakes_on_the_command_line(argv, message):
@@ -112,6 +126,10 @@ def test_mistakes_on_the_command_line(argv, message):
         ("lr: [1, 2]\n", "1: lr=[1, 2] is no float"),
         ("lr: null\n", "1: lr=None is no float"),
         ("checkpoint_dir: null\n", "1: checkpoint_dir=None is no str"),
+        ("wandb_name: 007\n", "1: wandb_name=7 is no str: quote it"),
+        ("lr: 1\nwandb_name: 1.10\n", "2: wandb_name=1.1 is no str: quote it"),
+        ("wandb_name: no\n", "1: wandb_name=False is no str: quote it"),
+        ("model_path: 7\n", "1: model_path=7 is no str: quote it"),
         ("lr: 1\nmodel_path: [a]\n", "2: model_path=['a'] is no str"),
         ("lr: 1\nema: 1.5\n", "2: ema=1.5 is no decay in [0, 1)"),
         ("lr: 1\nema: 0.9\nlr: 2\n", "3: lr stands in {path}:1 already"),
@@ -169,6 +187,7 @@ def test_files_that_extend_each_other(tmp_path):
         ({"max_grad_norm": 0}, "max_grad_norm=0.0 must be positive"),
         ({"num_workers": -1}, "num_workers=-1 must not be negative"),
         ({"hang_timeout": -1}, "hang_timeout=-1.0 must not be negative"),
+        ({"hang_timeout": "inf"}, "hang_timeout=inf must not be negative or infinite"),
         ({"num_shard": 0}, "num_shard=0 must be at least 1"),
         ({"val_num_timesteps": 1}, "val_num_timesteps=1 must be at least 2"),
         ({"zero_stage": 4, "backend": "deepspeed"}, "zero_stage=4 is none of 1, 2, 3"),
@@ -230,6 +249,13 @@ def test_files_that_extend_each_other(tmp_path):
         ({"backend": "deepspeed", "num_shard": 8}, "num_shard=8 needs backend=fsdp, not deepspeed"),
         ({"backend": "deepspeed", "cpu_offload": True}, "cpu_offload=True needs backend=fsdp"),
         ({"backend": "fsdp", "zero_stage": 3}, "zero_stage=3 needs backend=deepspeed, not fsdp"),
+        ({"backend": "single", "num_shard": 2}, "num_shard=2 needs backend=fsdp, not single"),
+        ({"backend": "single", "cpu_offload": True}, "cpu_offload=True needs backend=fsdp, not s"),
+        (
+            {"backend": "single", "sharding_strategy": "FULL_SHARD"},
+            "sharding_strategy=FULL_SHARD needs backend=fsdp, not single",
+        ),
+        ({"backend": "single", "zero_stage": 3}, "zero_stage=3 needs backend=deepspeed, not"),
         ({"ds_config_file": "ds.json"}, "ds_config_file=ds.json needs backend=deepspeed, not auto"),
         (
             {"backend": "deepspeed", "zero_stage": 3, "ds_config_file": "ds.json"},
