@@ -53,12 +53,16 @@ def make_backend(
 
 
 def backend_name(args: TrainingArguments, ranks: int) -> str:
-    """`single`, `fsdp` or `deepspeed`. Raises ValueError for a single process that is several."""
+    """`single`, `fsdp` or `deepspeed`. Raises ValueError for a single process that is several, or
+    that was meant to be."""
     if args.backend == "single" and ranks > 1:
         raise ValueError(f"backend=single, but the launcher started {ranks} processes")
-    if args.backend == "auto":
-        return "single" if ranks == 1 else "fsdp"
-    return args.backend
+    if args.backend != "auto" or ranks > 1:
+        return "fsdp" if args.backend == "auto" else args.backend
+    mesh_shape(args, ranks)
+    if args.cpu_offload:
+        raise ValueError("cpu_offload=True needs backend=fsdp in a single process")
+    return "single"
 
 
 def blocks(model: Bagel) -> Iterator[nn.Module]:
@@ -399,16 +403,23 @@ def make_mesh(device_type: str, args: TrainingArguments) -> DeviceMesh:
 
 
 def mesh_shape(args: TrainingArguments, ranks: int) -> tuple[int, int]:
-    """(replicate, shard). Raises ValueError when the ranks do not make a whole mesh."""
-    strategy = args.sharding_strategy
+    """(replicate, shard). Raises ValueError when the ranks do not make a whole mesh, or not the
+    one that was asked for."""
+    strategy, given = args.sharding_strategy, (args.num_replicate, args.num_shard)
     if strategy == "NO_SHARD":
         replicate, shard = ranks, 1
     elif strategy == "HYBRID_SHARD" and args.backend != "deepspeed":
-        given = args.num_replicate, args.num_shard
-        shard = given[1] or (ranks // given[0] if given[0] else processes_per_node(ranks))
+        most = max(1, ranks // given[0]) if given[0] else processes_per_node(ranks)
+        shard = given[1] or most
         replicate = given[0] or max(1, ranks // shard)
     else:
         replicate, shard = 1, ranks
+    asked = given[0] or replicate, given[1] or shard
+    if asked != (replicate, shard):
+        raise ValueError(
+            f"sharding_strategy={strategy} makes {replicate} x {shard} of {ranks} processes, not "
+            f"num_replicate={asked[0]} x num_shard={asked[1]}"
+        )
     if replicate * shard != ranks:
         raise ValueError(
             f"num_replicate={replicate} x num_shard={shard} is not the number of processes, {ranks}"

@@ -228,6 +228,8 @@ def of_processes(found: Findings) -> Iterator[str]:
     replicate, shard = found.mesh
     zero = f", ZeRO {found.zero_stage}" if found.kind == "deepspeed" else ""
     yield f"{found.kind}{zero}: {replicate} (replicate) x {shard} (shard) = {replicate * shard}"
+    if replicate * shard > launched_processes():
+        yield "this is one process: the run needs a launcher that starts as many"
 
 
 def of_data(found: Findings) -> Iterator[str]:

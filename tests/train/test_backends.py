@@ -3,7 +3,6 @@
 The global batch is that of four packs throughout: ranks times accumulated micro-batches.
 """
 
-import dataclasses
 import json
 import shutil
 import threading
@@ -186,6 +185,40 @@ def test_backends_refuse_what_does_not_fit(checkpoint, mixture, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_shard": 8}, "num_replicate=1 x num_shard=8 is not the number of processes, 1"),
+        ({"num_replicate": 2}, "num_replicate=2 x num_shard=1 is not the number of processes, 1"),
+        (
+            {"num_shard": 3, "sharding_strategy": "FULL_SHARD"},
+            "sharding_strategy=FULL_SHARD makes 1 x 1 of 1 processes, not num_replicate=1 x num_sh",
+        ),
+        ({"cpu_offload": True}, "cpu_offload=True needs backend=fsdp in a single process"),
+    ],
+)
+def test_one_process_is_not_several(values, message, checkpoint, mixture, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        build_trainer(run_arguments(checkpoint, mixture, tmp_path, **values))
+
+
+def test_a_strategy_makes_the_mesh_that_was_asked_for():
+    def shape(strategy: str, replicate: int | None, shard: int | None) -> tuple[int, int]:
+        sizes = {"num_replicate": replicate, "num_shard": shard}
+        return mesh_shape(TrainingArguments(sharding_strategy=strategy, **sizes), 8)
+
+    assert shape("FULL_SHARD", 1, 8) == shape("SHARD_GRAD_OP", None, 8) == (1, 8)
+    assert shape("NO_SHARD", 8, 1) == shape("NO_SHARD", None, None) == (8, 1)
+    for strategy, replicate, shard, asked, made in (
+        ("FULL_SHARD", None, 3, "1 x num_shard=3", "1 x 8"),
+        ("FULL_SHARD", 2, 4, "2 x num_shard=4", "1 x 8"),
+        ("NO_SHARD", 1, 8, "1 x num_shard=8", "8 x 1"),
+    ):
+        message = f"={strategy} makes {made} of 8 processes, not num_replicate={asked}$"
+        with pytest.raises(ValueError, match=message):
+            shape(strategy, replicate, shard)
+
+
+@pytest.mark.parametrize(
     ("replicate", "shard", "expected"),
     [(None, None, (2, 4)), (4, None, (4, 2)), (None, 2, (4, 2)), (1, None, (1, 8)), (2, 4, (2, 4))],
 )
@@ -193,7 +226,7 @@ def test_a_group_is_a_node_unless_its_size_is_given(replicate, shard, expected, 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     args = TrainingArguments(num_replicate=replicate, num_shard=shard)
     assert mesh_shape(args, 8) == expected
-    assert mesh_shape(dataclasses.replace(args, sharding_strategy="FULL_SHARD"), 8) == (1, 8)
+    assert mesh_shape(TrainingArguments(sharding_strategy="FULL_SHARD"), 8) == (1, 8)
     assert mesh_shape(TrainingArguments(backend="deepspeed"), 8) == (1, 8)
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     assert mesh_shape(TrainingArguments(), 8) == (1, 8)

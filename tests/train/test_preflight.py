@@ -102,7 +102,7 @@ def test_numbers_of_the_demo(page, one_size):
     assert f"{total - llm - vit - vae:,} trained, other, lr 0.0003" in text
     assert f"{vae:,} frozen by freeze_vae" in text and f"{vit:,} frozen by freeze_vit" in text
     assert "0.25 x ce, 1 x mse, 0.1 x ssim" in text
-    assert "fsdp: 2 (replicate) x 4 (shard) = 8" in text
+    assert "fsdp: 2 (replicate) x 4 (shard) = 8\n this is one process: the run needs a" in text
     assert "7 records, 100.0% of the samples: pairs" in text
     words = Qwen2Tokenizer.from_pretrained(TINY)
     prompt, answer = (len(words.encode(text)) for text in ("Remove it.", "Mild."))
@@ -152,6 +152,18 @@ def test_all_that_is_wrong_is_told_together(page, tmp_path, monkeypatch):
     assert code == 1 and "dataset_config_file=nowhere.yaml: there is no such file" in text
     monkeypatch.setenv("RANK", "1")
     assert page(tmp_path, **wrong) == (0, "")
+
+
+def test_one_process_is_told_as_the_run_tells_it(page, tiny_pairs):
+    given = {"config": "configs/tiny/demo.yaml", "dataset_config_file": tiny_pairs, **SMALL_PACKS}
+    code, text = page(tiny_pairs.parent, **given, cpu_offload=True)
+    assert code == 1 and "WRONG cpu_offload=True needs backend=fsdp in a single process" in text
+    sizes = {"num_replicate": 2, "num_shard": 4, "sharding_strategy": "FULL_SHARD"}
+    code, text = page(tiny_pairs.parent, **given, **sizes)
+    assert code == 1 and "makes 1 x 8 of 8 processes, not num_replicate=2 x num_shard=4" in text
+    code, text = page(tiny_pairs.parent, **given)
+    assert code == 0 and "single: 1 (replicate) x 1 (shard) = 1\n" in text
+    assert "this is one process" not in text
 
 
 def test_what_a_run_needs_beside_weights_and_data_is_looked_for(page, tmp_path):
