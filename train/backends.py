@@ -363,7 +363,8 @@ class DeepSpeedBackend(Backend):
 def deepspeed_config(args: TrainingArguments, device: torch.device) -> dict[str, Any]:
     """`ds_config_file`, or a configuration of `zero_stage`, with what the arguments say.
 
-    Raises ValueError where the file says something else than an argument.
+    What the file leaves to "auto" counts as unsaid. Raises ValueError where it says something else
+    than an argument, or asks for what is not done here.
     """
     ours = {
         "train_micro_batch_size_per_gpu": 1,
@@ -373,6 +374,9 @@ def deepspeed_config(args: TrainingArguments, device: torch.device) -> dict[str,
         # Without it the engine switches off autocast inside of the model.
         "torch_autocast": {"enabled": args.bf16, "dtype": "bfloat16"},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # ours, when it is offloaded too
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
         "steps_per_print": None,
     }
     zero = {"stage": args.zero_stage, "overlap_comm": device.type == "cuda"}
@@ -381,14 +385,24 @@ def deepspeed_config(args: TrainingArguments, device: torch.device) -> dict[str,
     path = Path(args.ds_config_file)
     if not path.exists():
         raise ValueError(f"ds_config_file={path}: there is no such file")
-    config = read_json(path)
+    config = _without_auto(read_json(path))
     config["zero_optimization"] = zero | config.get("zero_optimization", {})
-    differing = [k for k, v in ours.items() if k in config and config[k] not in (v, "auto")]
+    if config.get("fp16", {}).get("enabled"):
+        raise ValueError(f"{path}: fp16 is not supported: drop it and set the run's bf16")
+    if "train_batch_size" in config:
+        raise ValueError(f"{path}: train_batch_size follows from the processes: drop it")
+    differing = {k: v for k, v in ours.items() if k in config and config[k] not in (v, {})}
     if differing:
-        raise ValueError(f"{path}: {', '.join(differing)} differ from the run's arguments")
+        told = (f"{key}={config[key]!r} is not the run's {v!r}" for key, v in differing.items())
+        raise ValueError(f"{path}: {', '.join(told)}")
     if config["zero_optimization"]["stage"] not in (1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage must be 1, 2 or 3")
     return config | ours
+
+
+def _without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
+    said = {key: value for key, value in config.items() if value != "auto"}
+    return {k: _without_auto(v) if isinstance(v, dict) else v for k, v in said.items()}
 
 
 def _no_moments(master: Tensor, steps: float) -> dict[str, Tensor]:

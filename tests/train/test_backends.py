@@ -18,7 +18,7 @@ from modeling.pretrained import load_pretrained, open_pretrained, save_pretraine
 from tests.helpers import run_arguments, tiny_config
 from tests.ranks import run_on_ranks
 from train.arguments import TrainingArguments
-from train.backends import make_backend, mesh_shape
+from train.backends import deepspeed_config, make_backend, mesh_shape
 from train.build import build_trainer
 from train.distributed import process_group, world_size
 from train.optim import apply_freeze_plan
@@ -182,6 +182,59 @@ def test_backends_refuse_what_does_not_fit(checkpoint, mixture, tmp_path):
     ):
         settings = {"backend": "fsdp", "num_replicate": 2, "num_shard": 1}
         build_trainer(run_arguments(checkpoint, mixture, tmp_path, **settings))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"fp16": {"enabled": True}}, "fp16 is not supported: drop it and set the run's bf16"),
+        ({"train_batch_size": 8}, "train_batch_size follows from the processes: drop it"),
+        ({"gradient_predivide_factor": 4.0}, "gradient_predivide_factor=4.0 is not the run's 1.0"),
+        ({"prescale_gradients": True}, "prescale_gradients=True is not the run's False"),
+        ({"gradient_clipping": 2.0}, "gradient_clipping=2.0 is not the run's 1.0"),
+        ({"bf16": {"enabled": True}}, "bf16={'enabled': True} is not the run's {'enabled': False}"),
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage must be 1, 2 or 3"),
+    ],
+)
+def test_a_ds_config_file_is_refused_in_one_line(content, message, tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    args = TrainingArguments(backend="deepspeed", ds_config_file=str(tmp_path / "ds.json"))
+    with pytest.raises(ValueError) as caught:
+        deepspeed_config(args, torch.device("cpu"))
+    assert str(caught.value) == f"{tmp_path}/ds.json: {message}"
+
+
+AUTO = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto", "loss_scale": 0},
+    "zero_optimization": {
+        "stage": 2,
+        "reduce_bucket_size": "auto",
+        "offload_optimizer": {"device": "cpu"},
+    },
+}
+"""As files for other trainers are."""
+
+
+def test_what_a_ds_config_file_leaves_to_auto_is_the_runs(checkpoint, mixture, tmp_path):
+    """With an offloaded optimizer it trains to the loss of a single process."""
+    (tmp_path / "ds.json").write_text(json.dumps(AUTO))
+    given = {"backend": "deepspeed", "ds_config_file": tmp_path / "ds.json", "total_steps": 2}
+    args = run_arguments(checkpoint, mixture, tmp_path / "zero", **given)
+    config = deepspeed_config(args.training, torch.device("cpu"))
+    assert "train_batch_size" not in config and config["train_micro_batch_size_per_gpu"] == 1
+    assert config["bf16"] == {"enabled": False} and config["gradient_clipping"] == 1.0
+    assert "reduce_bucket_size" not in config["zero_optimization"]
+    with process_group(torch.device("cpu"), 60, wanted=True):
+        build_trainer(args).fit()
+    build_trainer(run_arguments(checkpoint, mixture, tmp_path / "single", total_steps=2)).fit()
+    found, expected = (lines(tmp_path / name)[-1] for name in ("zero", "single"))
+    for name in ("mse", "ce", "total_norm"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
 
 
 @pytest.mark.parametrize(
