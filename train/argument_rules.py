@@ -11,14 +11,9 @@ if TYPE_CHECKING:
 STRATEGIES = ("HYBRID_SHARD", "FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD")
 FSDP_ONLY = ("num_replicate", "num_shard", "sharding_strategy", "cpu_offload")
 DEEPSPEED_ONLY = ("zero_stage", "ds_config_file")
-FROZEN_WITH = {
-    "und": ("freeze_llm",),
-    "vit": ("freeze_und",),
-    "llm": (),
-    "mot_und": ("freeze_llm", "freeze_und"),
-    "mot_gen": ("freeze_llm",),
-}
-"""Part with a freeze flag -> the flags of others that freeze all of it."""
+FROZEN_WITH = {"und": "llm", "vit": "und", "llm": "", "mot_und": "llm und", "mot_gen": "llm"}
+"""Part with a freeze flag -> the other parts whose flag freezes all of it."""
+METRICS = r"ce|mse|pixel|ssim|loss_total|(psnr|ssim)(_input)?/[^\s,]+"
 OLD_LAYER_MODULE = "Qwen2MoTDecoderLayer_with_hidden_outputs"
 """Default of former trainers; a class of that name has never existed."""
 
@@ -58,6 +53,11 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (r"\w+_loss_max_t", lambda t: 0 < t <= 1, "is not in (0, 1]"),
     ("beta1|beta2", lambda x: 0 <= x < 1, "is not in [0, 1)"),
     ("ema", lambda x: 0 <= x < 1, "is no decay in [0, 1)"),
+    (
+        "best_metrics",
+        lambda names: bool(re.fullmatch(rf"([\s,]|val/({METRICS})(?![^\s,]))*", names)),
+        "names what is no val/TERM, val/loss_total, val/psnr/TASK or val/ssim/TASK",
+    ),
     ("ssim_window_size", lambda n: n > 0 and n % 2 == 1, "must be odd"),
     ("device", *_one_of("auto", "cpu", "cuda")),
     ("backend", *_one_of("auto", "single", "fsdp", "deepspeed")),
@@ -85,10 +85,7 @@ def settle(args: "RunArguments", docs: dict[str, str]) -> list[str]:
         if t.finetune_from_hf and (path := getattr(model, name)) is not None:
             warnings.append(f"{name}={path} is not read with finetune_from_hf=True")
     if model.lora_rank > 0 and t.freeze_und:
-        warnings.append(
-            f"lora_rank={model.lora_rank} with freeze_und=True trains the adapters of the "
-            "generation expert alone"
-        )
+        warnings.append(f"lora_rank={model.lora_rank}: freeze_und freezes one expert's adapters")
     if t.warmup_steps > t.total_steps:
         warnings.append(
             f"warmup_steps={t.warmup_steps} exceeds total_steps={t.total_steps}: lr={t.lr} is "
@@ -135,16 +132,11 @@ def _of_losses(args: "RunArguments") -> Iterator[str]:
     t = args.training
     pixel_space = t.pixel_loss_weight > 0 or t.ssim_loss_weight > 0
     if pixel_space and not t.visual_gen:
-        yield (
-            "pixel_loss_weight and ssim_loss_weight need the VAE decoder, which visual_gen=False "
-            "does not build"
-        )
+        yield "pixel_loss_weight and ssim_loss_weight need the VAE decoder, so visual_gen=True"
     if t.pixel_space_t_fraction > 0 and not pixel_space:
         yield "pixel_space_t_fraction needs pixel_loss_weight or ssim_loss_weight above 0"
     if t.pixel_space_balance is not None and not (pixel_space and t.mse_weight > 0):
-        yield (
-            "pixel_space_balance needs mse_weight and pixel_loss_weight or ssim_loss_weight above 0"
-        )
+        yield "pixel_space_balance needs mse_weight and a pixel_ or ssim_loss_weight above 0"
 
 
 def _of_the_start(args: "RunArguments") -> Iterator[str]:
@@ -179,11 +171,11 @@ def _of_trained_parts(args: "RunArguments") -> Iterator[str]:
         yield f"min_lr={t.min_lr} exceeds lr={t.lr}"
     for part, wholes in FROZEN_WITH.items():
         own, rate = f"freeze_{part}", getattr(t, f"{part}_lr", None)
-        holding = [flag for flag in (own, *wholes) if getattr(t, flag)]
-        if holding and rate is not None:
-            yield f"{part}_lr={rate} has nothing to train with {holding[0]}=True"
-        if own in holding:
-            yield from (f"{w} already freezes what {own} would: drop {own}" for w in holding[1:])
+        flags = [f for f in (own, *(f"freeze_{w}" for w in wholes.split())) if getattr(t, f)]
+        if flags and rate is not None:
+            yield f"{part}_lr={rate} has nothing to train with {flags[0]}=True"
+        if own in flags:
+            yield from (f"{flag} already freezes what {own} would: drop it" for flag in flags[1:])
     if t.llm_lr is not None and (t.mot_und_lr is not None or t.mot_gen_lr is not None):
         yield "llm_lr and mot_und_lr or mot_gen_lr set the rate of the same weights: drop one"
     flags = [f for f in ("freeze_llm", "freeze_mot_und", "freeze_mot_gen") if getattr(t, f)]
@@ -197,7 +189,7 @@ def _of_trained_parts(args: "RunArguments") -> Iterator[str]:
 
 
 def _of_scale(args: "RunArguments") -> Iterator[str]:
-    t, sources = args.training, args.sources
+    t, data, sources = args.training, args.data, args.sources
     own = {"single": (), "deepspeed": DEEPSPEED_ONLY}.get(t.backend, FSDP_ONLY)
     for name in (*FSDP_ONLY, *DEEPSPEED_ONLY):
         value = getattr(t, name)
@@ -206,11 +198,8 @@ def _of_scale(args: "RunArguments") -> Iterator[str]:
             yield f"{name}={value} needs backend={needed}, not {t.backend}"
     if t.ds_config_file is not None and "zero_stage" in sources:
         yield f"zero_stage={t.zero_stage} would be overruled by ds_config_file={t.ds_config_file}"
-    if args.data.expected_num_tokens > args.data.max_num_tokens:
-        yield (
-            f"expected_num_tokens={args.data.expected_num_tokens} exceeds "
-            f"max_num_tokens={args.data.max_num_tokens}"
-        )
+    if data.expected_num_tokens > (most := data.max_num_tokens):
+        yield f"expected_num_tokens={data.expected_num_tokens} exceeds max_num_tokens={most}"
 
 
 def _of_observation(args: "RunArguments") -> Iterator[str]:

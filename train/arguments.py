@@ -411,8 +411,7 @@ def _command_line(argv: list[str]) -> dict[str, Any]:
             values[pending] = word
             pending = None
     for name, value in values.items():
-        flag = name != "config" and TYPES.get(name, bool) in (bool, bool | None)
-        if value is True and not flag:
+        if value is True and (TYPES | {"config": str}).get(name, bool) not in (bool, bool | None):
             raise ValueError(f"command line: --{name} needs a value")
     return values
 

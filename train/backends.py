@@ -5,6 +5,7 @@ optimizer and the EMA work on. A gradient is a sum over all ranks: losses are su
 denominator.
 """
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -57,12 +58,12 @@ def backend_name(args: TrainingArguments, ranks: int) -> str:
     that was meant to be."""
     if args.backend == "single" and ranks > 1:
         raise ValueError(f"backend=single, but the launcher started {ranks} processes")
-    if args.backend != "auto" or ranks > 1:
-        return "fsdp" if args.backend == "auto" else args.backend
-    mesh_shape(args, ranks)
-    if args.cpu_offload:
-        raise ValueError("cpu_offload=True needs backend=fsdp in a single process")
-    return "single"
+    if args.backend == "auto" and ranks == 1:
+        mesh_shape(args, ranks)
+        if args.cpu_offload:
+            raise ValueError("cpu_offload=True needs backend=fsdp in a single process")
+        return "single"
+    return "fsdp" if args.backend == "auto" else args.backend
 
 
 def blocks(model: Bagel) -> Iterator[nn.Module]:
@@ -375,6 +376,7 @@ def deepspeed_config(args: TrainingArguments, device: torch.device) -> dict[str,
         "torch_autocast": {"enabled": args.bf16, "dtype": "bfloat16"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # ours, when it is offloaded too
+        "train_batch_size": None,
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
         "steps_per_print": None,
@@ -385,24 +387,17 @@ def deepspeed_config(args: TrainingArguments, device: torch.device) -> dict[str,
     path = Path(args.ds_config_file)
     if not path.exists():
         raise ValueError(f"ds_config_file={path}: there is no such file")
-    config = _without_auto(read_json(path))
+    text = json.dumps(read_json(path))
+    config = json.loads(text, object_hook=lambda d: {k: v for k, v in d.items() if v != "auto"})
     config["zero_optimization"] = zero | config.get("zero_optimization", {})
     if config.get("fp16", {}).get("enabled"):
         raise ValueError(f"{path}: fp16 is not supported: drop it and set the run's bf16")
-    if "train_batch_size" in config:
-        raise ValueError(f"{path}: train_batch_size follows from the processes: drop it")
-    differing = {k: v for k, v in ours.items() if k in config and config[k] not in (v, {})}
-    if differing:
-        told = (f"{key}={config[key]!r} is not the run's {v!r}" for key, v in differing.items())
-        raise ValueError(f"{path}: {', '.join(told)}")
+    for key, value in ours.items():
+        if config.get(key, value) not in (value, {}):
+            raise ValueError(f"{path}: {key}={config[key]!r} has to be {value!r} or left out")
     if config["zero_optimization"]["stage"] not in (1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage must be 1, 2 or 3")
     return config | ours
-
-
-def _without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
-    said = {key: value for key, value in config.items() if value != "auto"}
-    return {k: _without_auto(v) if isinstance(v, dict) else v for k, v in said.items()}
 
 
 def _no_moments(master: Tensor, steps: float) -> dict[str, Tensor]:

@@ -234,7 +234,7 @@ def test_files_that_extend_each_other(tmp_path):
         ({"freeze_llm": True, "mot_gen_lr": 1}, "mot_gen_lr=1.0 has nothing to train with freeze"),
         (
             {"freeze_und": True, "freeze_vit": True},
-            "freeze_und already freezes what freeze_vit would: drop freeze_vit",
+            "freeze_und already freezes what freeze_vit would: drop it",
         ),
         ({"llm_lr": 1, "mot_gen_lr": 1}, "llm_lr and mot_und_lr or mot_gen_lr"),
         (
@@ -267,6 +267,10 @@ def test_files_that_extend_each_other(tmp_path):
         ),
         ({"val_every": 5}, "val_every and enable_validation need val_dataset_config_file"),
         ({"enable_validation": True}, "enable_validation needs val_every above 0"),
+        ({"best_metrics": "val/pnsr/mean"}, "best_metrics='val/pnsr/mean' names what is no val/"),
+        ({"best_metrics": "val/mse val/psnr"}, "best_metrics='val/mse val/psnr' names what is no"),
+        ({"best_metrics": "val/ce, mse"}, "best_metrics='val/ce, mse' names what is no val/TERM"),
+        ({"best_metrics": "val/cee"}, "best_metrics='val/cee' names what is no val/TERM"),
         ({"best_metrics": "val/ce"}, "best_metrics=val/ce needs val_every above 0"),
     ],
 )
@@ -328,7 +332,7 @@ def test_what_arguments_imply():
         (["--vae_lr=1", "--e2e_lr=1"], ["command line: vae_lr", "command line: e2e_lr"]),
         (
             ["--lora_rank=4", "--freeze_und"],
-            ["command line: lora_rank=4 with freeze_und=True trains the adapters of the gen"],
+            ["command line: lora_rank=4: freeze_und freezes one expert's adapters"],
         ),
         # Adapters have the learning rates of what they adapt.
         (["--lora_rank=4", "--llm_lr=1"], []),

@@ -188,11 +188,11 @@ def test_backends_refuse_what_does_not_fit(checkpoint, mixture, tmp_path):
     ("content", "message"),
     [
         ({"fp16": {"enabled": True}}, "fp16 is not supported: drop it and set the run's bf16"),
-        ({"train_batch_size": 8}, "train_batch_size follows from the processes: drop it"),
-        ({"gradient_predivide_factor": 4.0}, "gradient_predivide_factor=4.0 is not the run's 1.0"),
-        ({"prescale_gradients": True}, "prescale_gradients=True is not the run's False"),
-        ({"gradient_clipping": 2.0}, "gradient_clipping=2.0 is not the run's 1.0"),
-        ({"bf16": {"enabled": True}}, "bf16={'enabled': True} is not the run's {'enabled': False}"),
+        ({"train_batch_size": 8}, "train_batch_size=8 has to be None or left out"),
+        ({"gradient_predivide_factor": 4.0}, "gradient_predivide_factor=4.0 has to be 1.0 or left"),
+        ({"prescale_gradients": True}, "prescale_gradients=True has to be False or left out"),
+        ({"gradient_clipping": 2.0}, "gradient_clipping=2.0 has to be 1.0 or left out"),
+        ({"bf16": {"enabled": True}}, "bf16={'enabled': True} has to be {'enabled': False} or"),
         ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage must be 1, 2 or 3"),
     ],
 )
@@ -201,7 +201,8 @@ def test_a_ds_config_file_is_refused_in_one_line(content, message, tmp_path):
     args = TrainingArguments(backend="deepspeed", ds_config_file=str(tmp_path / "ds.json"))
     with pytest.raises(ValueError) as caught:
         deepspeed_config(args, torch.device("cpu"))
-    assert str(caught.value) == f"{tmp_path}/ds.json: {message}"
+    assert str(caught.value).startswith(f"{tmp_path}/ds.json: {message}")
+    assert "\n" not in str(caught.value)
 
 
 AUTO = {
@@ -226,7 +227,7 @@ def test_what_a_ds_config_file_leaves_to_auto_is_the_runs(checkpoint, mixture, t
     given = {"backend": "deepspeed", "ds_config_file": tmp_path / "ds.json", "total_steps": 2}
     args = run_arguments(checkpoint, mixture, tmp_path / "zero", **given)
     config = deepspeed_config(args.training, torch.device("cpu"))
-    assert "train_batch_size" not in config and config["train_micro_batch_size_per_gpu"] == 1
+    assert config["train_batch_size"] is None and config["train_micro_batch_size_per_gpu"] == 1
     assert config["bf16"] == {"enabled": False} and config["gradient_clipping"] == 1.0
     assert "reduce_bucket_size" not in config["zero_optimization"]
     with process_group(torch.device("cpu"), 60, wanted=True):
