@@ -5,10 +5,11 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from .distributed import dead_variables
+
 if TYPE_CHECKING:
     from .arguments import RunArguments
 
-STRATEGIES = ("HYBRID_SHARD", "FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD")
 FSDP_ONLY = ("num_replicate", "num_shard", "sharding_strategy", "cpu_offload")
 DEEPSPEED_ONLY = ("zero_stage", "ds_config_file")
 FROZEN_WITH = {"und": "llm", "vit": "und", "llm": "", "mot_und": "llm und", "mot_gen": "llm"}
@@ -42,12 +43,11 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("max_grad_norm", lambda x: x > 0, "must be positive"),
     (
         r"(spike_)?warmup_steps|val_every|num_workers|max_buffer_size|prefer_buffer_before"
-        r"|lora_rank|hang_timeout|min_lr|\w+_seed",
+        r"|lora_rank|hang_timeout|min_lr|\w+_seed|(ce|mse|\w+_loss)_weight",
         lambda x: 0 <= x < math.inf,
         "must not be negative or infinite",
     ),
     (r"\w+_(path|dir|file)|data_root|resume_from", lambda path: path != "", "is empty"),
-    (r"(ce|mse|\w+_loss)_weight", lambda x: 0 <= x < math.inf, "must be a number from 0 on"),
     (r"\w+_cond_dropout_prob|lora_dropout", lambda p: 0 <= p <= 1, "is no probability"),
     (r"\w+_fraction|max_bad_share", lambda share: 0 <= share <= 1, "is no share in [0, 1]"),
     (r"\w+_loss_max_t", lambda t: 0 < t <= 1, "is not in (0, 1]"),
@@ -61,7 +61,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("ssim_window_size", lambda n: n > 0 and n % 2 == 1, "must be odd"),
     ("device", *_one_of("auto", "cpu", "cuda")),
     ("backend", *_one_of("auto", "single", "fsdp", "deepspeed")),
-    ("sharding_strategy", *_one_of(*STRATEGIES)),
+    ("sharding_strategy", *_one_of("HYBRID_SHARD", "FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD")),
     ("backward_prefetch", *_one_of("BACKWARD_PRE", "BACKWARD_POST", None)),
     ("zero_stage", *_one_of(1, 2, 3)),
     ("attention_backend", *_one_of("sdpa", "flex")),
@@ -78,6 +78,7 @@ def settle(args: "RunArguments", docs: dict[str, str]) -> list[str]:
     warnings = [
         f"{name}: {docs[name]}" for name in sources if docs.get(name, "").startswith("No effect")
     ]
+    warnings += [f"{name} of the environment: No effect" for name in dead_variables()]
     if model.layer_module == OLD_LAYER_MODULE:
         model.layer_module = OLD_LAYER_MODULE.removesuffix("_with_hidden_outputs")
         warnings.append(f"layer_module={OLD_LAYER_MODULE} means {model.layer_module}")
@@ -87,10 +88,8 @@ def settle(args: "RunArguments", docs: dict[str, str]) -> list[str]:
     if model.lora_rank > 0 and t.freeze_und:
         warnings.append(f"lora_rank={model.lora_rank}: freeze_und freezes one expert's adapters")
     if t.warmup_steps > t.total_steps:
-        warnings.append(
-            f"warmup_steps={t.warmup_steps} exceeds total_steps={t.total_steps}: lr={t.lr} is "
-            "never reached"
-        )
+        told = f"warmup_steps={t.warmup_steps} exceeds total_steps={t.total_steps}"
+        warnings.append(f"{told}: lr={t.lr} is never reached")
     if sources.keys() >= {"val_every", "enable_validation"} and not t.enable_validation:
         t.val_every, sources["val_every"] = 0, "enable_validation"
     implied: tuple[tuple[bool, Any, str, Any, str], ...] = (
@@ -149,9 +148,8 @@ def _of_the_start(args: "RunArguments") -> Iterator[str]:
         yield "resume_model_only=True and resume_model_optimizer=True contradict each other"
     if t.resume_from is not None and t.finetune_from_ema and not t.resume_model_only:
         yield (
-            f"resume_from={t.resume_from} continues with the trained weights, which "
-            "finetune_from_ema=True would replace by their average: drop one, or start anew from "
-            "the average with resume_model_only=True"
+            f"resume_from={t.resume_from}: finetune_from_ema=True would replace its weights by the "
+            "average: drop one, or start anew from the average with resume_model_only=True"
         )
     if not t.finetune_from_hf:
         folders = ("llm_path", "vit_path", "model_path")
@@ -174,16 +172,12 @@ def _of_trained_parts(args: "RunArguments") -> Iterator[str]:
         flags = [f for f in (own, *(f"freeze_{w}" for w in wholes.split())) if getattr(t, f)]
         if flags and rate is not None:
             yield f"{part}_lr={rate} has nothing to train with {flags[0]}=True"
-        if own in flags:
-            yield from (f"{flag} already freezes what {own} would: drop it" for flag in flags[1:])
+        yield from (f"{f} already freezes what {own} would" for f in flags[1:] if own in flags)
     if t.llm_lr is not None and (t.mot_und_lr is not None or t.mot_gen_lr is not None):
         yield "llm_lr and mot_und_lr or mot_gen_lr set the rate of the same weights: drop one"
     flags = [f for f in ("freeze_llm", "freeze_mot_und", "freeze_mot_gen") if getattr(t, f)]
     if model.lora_rank > 0 and flags:
-        yield (
-            f"lora_rank={model.lora_rank} freezes the language model itself: drop "
-            f"{' and '.join(flags)}, and choose the adapted layers by lora_targets"
-        )
+        yield f"lora_rank={model.lora_rank} freezes the language model: drop {' and '.join(flags)}"
     if model.lora_rank > 0 and not model.lora_targets.strip(", "):
         yield f"lora_rank={model.lora_rank} needs lora_targets"
 

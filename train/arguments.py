@@ -402,8 +402,7 @@ def _command_line(argv: list[str]) -> dict[str, Any]:
     for word in argv:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            values[name] = value if equals else True
+            values[name := name.replace("-", "_")] = value if equals else True
             pending = None if equals else name
         elif pending is None:
             raise ValueError(f"command line: {word!r} belongs to no --argument")

@@ -54,8 +54,7 @@ def make_backend(
 
 
 def backend_name(args: TrainingArguments, ranks: int) -> str:
-    """`single`, `fsdp` or `deepspeed`. Raises ValueError for a single process that is several, or
-    that was meant to be."""
+    """`single`, `fsdp` or `deepspeed`. Raises ValueError for more or fewer processes than meant."""
     if args.backend == "single" and ranks > 1:
         raise ValueError(f"backend=single, but the launcher started {ranks} processes")
     if args.backend == "auto" and ranks == 1:
@@ -418,20 +417,15 @@ def mesh_shape(args: TrainingArguments, ranks: int) -> tuple[int, int]:
     if strategy == "NO_SHARD":
         replicate, shard = ranks, 1
     elif strategy == "HYBRID_SHARD" and args.backend != "deepspeed":
-        most = max(1, ranks // given[0]) if given[0] else processes_per_node(ranks)
-        shard = given[1] or most
+        shard = given[1] or max(1, ranks // given[0] if given[0] else processes_per_node(ranks))
         replicate = given[0] or max(1, ranks // shard)
     else:
         replicate, shard = 1, ranks
     asked = given[0] or replicate, given[1] or shard
-    if asked != (replicate, shard):
+    if asked != (replicate, shard) or replicate * shard != ranks:
         raise ValueError(
-            f"sharding_strategy={strategy} makes {replicate} x {shard} of {ranks} processes, not "
-            f"num_replicate={asked[0]} x num_shard={asked[1]}"
-        )
-    if replicate * shard != ranks:
-        raise ValueError(
-            f"num_replicate={replicate} x num_shard={shard} is not the number of processes, {ranks}"
+            f"num_replicate={asked[0]} x num_shard={asked[1]} is not the number of processes, "
+            f"{ranks}, or not as sharding_strategy={strategy} divides them"
         )
     return replicate, shard
 

@@ -234,16 +234,16 @@ def test_files_that_extend_each_other(tmp_path):
         ({"freeze_llm": True, "mot_gen_lr": 1}, "mot_gen_lr=1.0 has nothing to train with freeze"),
         (
             {"freeze_und": True, "freeze_vit": True},
-            "freeze_und already freezes what freeze_vit would: drop it",
+            "freeze_und already freezes what freeze_vit would",
         ),
         ({"llm_lr": 1, "mot_gen_lr": 1}, "llm_lr and mot_und_lr or mot_gen_lr"),
         (
             {"lora_rank": 4, "freeze_mot_gen": True},
-            "lora_rank=4 freezes the language model itself: drop freeze_mot_gen, and choose",
+            "lora_rank=4 freezes the language model: drop freeze_mot_gen",
         ),
         (
             {"lora_rank": 4, "freeze_llm": True, "freeze_mot_und": True},
-            "lora_rank=4 freezes the language model itself: drop freeze_llm and freeze_mot_und,",
+            "lora_rank=4 freezes the language model: drop freeze_llm and freeze_mot_und",
         ),
         ({"lora_rank": 4, "lora_targets": ", "}, "lora_rank=4 needs lora_targets"),
         ({"backend": "deepspeed", "num_shard": 8}, "num_shard=8 needs backend=fsdp, not deepspeed"),
@@ -347,6 +347,15 @@ def test_what_has_no_effect_is_told_once(argv, warnings):
     assert len(told) == len(args.warnings) == len(warnings)
     for line, warning in zip(told, warnings, strict=True):
         assert line.startswith(f"WARNING: {warning}")
+
+
+def test_variables_of_former_trainers_are_told_to_have_no_effect(monkeypatch):
+    for name in ("TRAIN_STEP_BARRIER", "PIXEL_LOSS_USE_V0"):
+        assert parse_arguments([]).warnings == []
+        monkeypatch.setenv(name, "1")
+        (warning,) = parse_arguments([]).warnings
+        assert warning == f"{name} of the environment: No effect"
+        monkeypatch.delenv(name)
 
 
 def test_the_default_layer_of_former_trainers():
