@@ -13,10 +13,14 @@ class Tokenizer:
     """Bare text <-> ids; special tokens never come out of text that spells them."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Raises FileNotFoundError without `vocab.json`, ValueError without a special token."""
+        """Raises FileNotFoundError without `vocab.json`, ValueError for damaged files and without a
+        special token."""
         if not any((Path(folder) / name).exists() for name in ("vocab.json", "tokenizer.json")):
             raise FileNotFoundError(f"{folder}: no tokenizer (vocab.json and merges.txt) found")
-        self.qwen2 = Qwen2Tokenizer.from_pretrained(str(folder))
+        try:
+            self.qwen2 = Qwen2Tokenizer.from_pretrained(str(folder))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder}: the tokenizer's files are damaged: {error!r}") from error
         ids = {token: self.qwen2.convert_tokens_to_ids(token) for token in SPECIAL}
         if unknown := [t for t, i in ids.items() if i in (None, self.qwen2.unk_token_id)]:
             raise ValueError(f"{folder}: the tokenizer lacks {unknown}")

@@ -56,8 +56,8 @@ HEAD = "language_model.lm_head.weight"
 SHARD_BYTES = 5 * 10**9
 """Largest size of a weight file, unless a single tensor is larger."""
 EMA_HINT = (
-    "ema.safetensors is read by default, model.safetensors by --finetune_from_ema False (training) "
-    "or --use_model_checkpoint (inference); neither stands in for the other"
+    "training reads model.safetensors, or by --finetune_from_ema True ema.safetensors; inference "
+    "the latter, or by --use_model_checkpoint the former; neither stands in for the other"
 )
 LLM_FIELDS = ("qk_norm", "layer_module")
 """Ours in `llm_config.json`; released folders lack them."""

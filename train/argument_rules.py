@@ -5,12 +5,16 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .arguments import RunArguments, TrainingArguments
+from .distributed import dead_variables
 
-STRATEGIES = ("HYBRID_SHARD", "FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD")
+if TYPE_CHECKING:
+    from .arguments import RunArguments
+
 FSDP_ONLY = ("num_replicate", "num_shard", "sharding_strategy", "cpu_offload")
 DEEPSPEED_ONLY = ("zero_stage", "ds_config_file")
+FROZEN_WITH = {"und": "llm", "vit": "und", "llm": "", "mot_und": "llm und", "mot_gen": "llm"}
+"""Part with a freeze flag -> the other parts whose flag freezes all of it."""
+METRICS = r"ce|mse|pixel|ssim|loss_total|(psnr|ssim)(_input)?/[^\s,]+"
 OLD_LAYER_MODULE = "Qwen2MoTDecoderLayer_with_hidden_outputs"
 """Default of former trainers; a class of that name has never existed."""
 
@@ -39,20 +43,25 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("max_grad_norm", lambda x: x > 0, "must be positive"),
     (
         r"(spike_)?warmup_steps|val_every|num_workers|max_buffer_size|prefer_buffer_before"
-        r"|lora_rank|hang_timeout|min_lr|\w+_seed",
-        lambda x: x >= 0,
-        "must not be negative",
+        r"|lora_rank|hang_timeout|min_lr|\w+_seed|(ce|mse|\w+_loss)_weight",
+        lambda x: 0 <= x < math.inf,
+        "must not be negative or infinite",
     ),
-    (r"(ce|mse|\w+_loss)_weight", lambda x: 0 <= x < math.inf, "must be a number from 0 on"),
+    (r"\w+_(path|dir|file)|data_root|resume_from", lambda path: path != "", "is empty"),
     (r"\w+_cond_dropout_prob|lora_dropout", lambda p: 0 <= p <= 1, "is no probability"),
     (r"\w+_fraction|max_bad_share", lambda share: 0 <= share <= 1, "is no share in [0, 1]"),
     (r"\w+_loss_max_t", lambda t: 0 < t <= 1, "is not in (0, 1]"),
     ("beta1|beta2", lambda x: 0 <= x < 1, "is not in [0, 1)"),
     ("ema", lambda x: 0 <= x < 1, "is no decay in [0, 1)"),
+    (
+        "best_metrics",
+        lambda names: bool(re.fullmatch(rf"([\s,]|val/({METRICS})(?![^\s,]))*", names)),
+        "names what is no val/TERM, val/loss_total, val/psnr/TASK or val/ssim/TASK",
+    ),
     ("ssim_window_size", lambda n: n > 0 and n % 2 == 1, "must be odd"),
     ("device", *_one_of("auto", "cpu", "cuda")),
     ("backend", *_one_of("auto", "single", "fsdp", "deepspeed")),
-    ("sharding_strategy", *_one_of(*STRATEGIES)),
+    ("sharding_strategy", *_one_of("HYBRID_SHARD", "FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD")),
     ("backward_prefetch", *_one_of("BACKWARD_PRE", "BACKWARD_POST", None)),
     ("zero_stage", *_one_of(1, 2, 3)),
     ("attention_backend", *_one_of("sdpa", "flex")),
@@ -69,17 +78,18 @@ def settle(args: "RunArguments", docs: dict[str, str]) -> list[str]:
     warnings = [
         f"{name}: {docs[name]}" for name in sources if docs.get(name, "").startswith("No effect")
     ]
+    warnings += [f"{name} of the environment: No effect" for name in dead_variables()]
     if model.layer_module == OLD_LAYER_MODULE:
         model.layer_module = OLD_LAYER_MODULE.removesuffix("_with_hidden_outputs")
         warnings.append(f"layer_module={OLD_LAYER_MODULE} means {model.layer_module}")
     for name in ("llm_path", "vit_path"):
         if t.finetune_from_hf and (path := getattr(model, name)) is not None:
             warnings.append(f"{name}={path} is not read with finetune_from_hf=True")
+    if model.lora_rank > 0 and t.freeze_und:
+        warnings.append(f"lora_rank={model.lora_rank}: freeze_und freezes one expert's adapters")
     if t.warmup_steps > t.total_steps:
-        warnings.append(
-            f"warmup_steps={t.warmup_steps} exceeds total_steps={t.total_steps}: lr={t.lr} is "
-            "never reached"
-        )
+        told = f"warmup_steps={t.warmup_steps} exceeds total_steps={t.total_steps}"
+        warnings.append(f"{told}: lr={t.lr} is never reached")
     if sources.keys() >= {"val_every", "enable_validation"} and not t.enable_validation:
         t.val_every, sources["val_every"] = 0, "enable_validation"
     implied: tuple[tuple[bool, Any, str, Any, str], ...] = (
@@ -121,16 +131,11 @@ def _of_losses(args: "RunArguments") -> Iterator[str]:
     t = args.training
     pixel_space = t.pixel_loss_weight > 0 or t.ssim_loss_weight > 0
     if pixel_space and not t.visual_gen:
-        yield (
-            "pixel_loss_weight and ssim_loss_weight need the VAE decoder, which visual_gen=False "
-            "does not build"
-        )
+        yield "pixel_loss_weight and ssim_loss_weight need the VAE decoder, so visual_gen=True"
     if t.pixel_space_t_fraction > 0 and not pixel_space:
         yield "pixel_space_t_fraction needs pixel_loss_weight or ssim_loss_weight above 0"
     if t.pixel_space_balance is not None and not (pixel_space and t.mse_weight > 0):
-        yield (
-            "pixel_space_balance needs mse_weight and pixel_loss_weight or ssim_loss_weight above 0"
-        )
+        yield "pixel_space_balance needs mse_weight and a pixel_ or ssim_loss_weight above 0"
 
 
 def _of_the_start(args: "RunArguments") -> Iterator[str]:
@@ -143,9 +148,8 @@ def _of_the_start(args: "RunArguments") -> Iterator[str]:
         yield "resume_model_only=True and resume_model_optimizer=True contradict each other"
     if t.resume_from is not None and t.finetune_from_ema and not t.resume_model_only:
         yield (
-            f"resume_from={t.resume_from} continues with the trained weights, which "
-            "finetune_from_ema=True would replace by their average: drop one, or start anew from "
-            "the average with resume_model_only=True"
+            f"resume_from={t.resume_from}: finetune_from_ema=True would replace its weights by the "
+            "average: drop one, or start anew from the average with resume_model_only=True"
         )
     if not t.finetune_from_hf:
         folders = ("llm_path", "vit_path", "model_path")
@@ -163,47 +167,33 @@ def _of_trained_parts(args: "RunArguments") -> Iterator[str]:
     t, model = args.training, args.model
     if t.lr_scheduler == "cosine" and t.min_lr > t.lr:
         yield f"min_lr={t.min_lr} exceeds lr={t.lr}"
-    for whole, part in (
-        ("freeze_llm", "freeze_und"),
-        ("freeze_llm", "freeze_mot_und"),
-        ("freeze_llm", "freeze_mot_gen"),
-        ("freeze_und", "freeze_mot_und"),
-    ):
-        if getattr(t, whole) and getattr(t, part):
-            yield f"{whole} already freezes what {part} would"
-    yield from _frozen_rates(t)
+    for part, wholes in FROZEN_WITH.items():
+        own, rate = f"freeze_{part}", getattr(t, f"{part}_lr", None)
+        flags = [f for f in (own, *(f"freeze_{w}" for w in wholes.split())) if getattr(t, f)]
+        if flags and rate is not None:
+            yield f"{part}_lr={rate} has nothing to train with {flags[0]}=True"
+        yield from (f"{f} already freezes what {own} would" for f in flags[1:] if own in flags)
     if t.llm_lr is not None and (t.mot_und_lr is not None or t.mot_gen_lr is not None):
         yield "llm_lr and mot_und_lr or mot_gen_lr set the rate of the same weights: drop one"
-    if model.lora_rank > 0 and (t.freeze_mot_und or t.freeze_mot_gen):
-        yield (
-            f"lora_rank={model.lora_rank} freezes the language model: drop freeze_mot_und and "
-            "freeze_mot_gen, and choose the adapted layers by lora_targets"
-        )
+    flags = [f for f in ("freeze_llm", "freeze_mot_und", "freeze_mot_gen") if getattr(t, f)]
+    if model.lora_rank > 0 and flags:
+        yield f"lora_rank={model.lora_rank} freezes the language model: drop {' and '.join(flags)}"
     if model.lora_rank > 0 and not model.lora_targets.strip(", "):
         yield f"lora_rank={model.lora_rank} needs lora_targets"
 
 
-def _frozen_rates(t: "TrainingArguments") -> Iterator[str]:
-    for part in ("llm", "vit", "mot_und", "mot_gen"):
-        rate = getattr(t, f"{part}_lr")
-        if getattr(t, f"freeze_{part}") and rate is not None:
-            yield f"{part}_lr={rate} has nothing to train with freeze_{part}=True"
-
-
 def _of_scale(args: "RunArguments") -> Iterator[str]:
-    t, sources = args.training, args.sources
-    foreign = FSDP_ONLY if t.backend == "deepspeed" else DEEPSPEED_ONLY
-    needed = "fsdp" if t.backend == "deepspeed" else "deepspeed"
-    for name in foreign:
-        if name in sources and (value := getattr(t, name)) is not None:
+    t, data, sources = args.training, args.data, args.sources
+    own = {"single": (), "deepspeed": DEEPSPEED_ONLY}.get(t.backend, FSDP_ONLY)
+    for name in (*FSDP_ONLY, *DEEPSPEED_ONLY):
+        value = getattr(t, name)
+        if name in sources and name not in own and value not in (None, False):
+            needed = "fsdp" if name in FSDP_ONLY else "deepspeed"
             yield f"{name}={value} needs backend={needed}, not {t.backend}"
     if t.ds_config_file is not None and "zero_stage" in sources:
         yield f"zero_stage={t.zero_stage} would be overruled by ds_config_file={t.ds_config_file}"
-    if args.data.expected_num_tokens > args.data.max_num_tokens:
-        yield (
-            f"expected_num_tokens={args.data.expected_num_tokens} exceeds "
-            f"max_num_tokens={args.data.max_num_tokens}"
-        )
+    if data.expected_num_tokens > (most := data.max_num_tokens):
+        yield f"expected_num_tokens={data.expected_num_tokens} exceeds max_num_tokens={most}"
 
 
 def _of_observation(args: "RunArguments") -> Iterator[str]:

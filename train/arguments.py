@@ -376,7 +376,7 @@ def parse_arguments(argv: list[str]) -> RunArguments:
     """
     command_line = _command_line(argv)
     config = command_line.pop("config", None)
-    layers = _yaml_layers(Path(config)) if config else []
+    layers = [] if config is None else _yaml_layers(Path(config))
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     errors: list[str] = []
@@ -402,14 +402,16 @@ def _command_line(argv: list[str]) -> dict[str, Any]:
     for word in argv:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            values[name] = value if equals else "True"
+            values[name := name.replace("-", "_")] = value if equals else True
             pending = None if equals else name
         elif pending is None:
             raise ValueError(f"command line: {word!r} belongs to no --argument")
         else:
             values[pending] = word
             pending = None
+    for name, value in values.items():
+        if value is True and (TYPES | {"config": str}).get(name, bool) not in (bool, bool | None):
+            raise ValueError(f"command line: --{name} needs a value")
     return values
 
 
@@ -454,8 +456,9 @@ def _convert(name: str, raw: Any, source: str) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False}[str(raw).lower()]
-        if kind is str and not isinstance(raw, str | int | float):
+        if kind is str and not isinstance(raw, str):  # YAML has lost how `007` was written
             raise TypeError
         return kind(str(raw))  # through text, so that YAML and command line agree
     except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{source}: {name}={raw!r} is no {kind.__name__}") from error
+        way_out = ": quote it" if kind is str and isinstance(raw, int | float) else ""
+        raise ValueError(f"{source}: {name}={raw!r} is no {kind.__name__}{way_out}") from error

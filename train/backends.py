@@ -5,6 +5,7 @@ optimizer and the EMA work on. A gradient is a sum over all ranks: losses are su
 denominator.
 """
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -54,12 +55,15 @@ def make_backend(
 
 
 def backend_name(args: TrainingArguments, ranks: int) -> str:
-    """`single`, `fsdp` or `deepspeed`. Raises ValueError for a single process that is several."""
+    """`single`, `fsdp` or `deepspeed`. Raises ValueError for more or fewer processes than meant."""
     if args.backend == "single" and ranks > 1:
         raise ValueError(f"backend=single, but the launcher started {ranks} processes")
-    if args.backend == "auto":
-        return "single" if ranks == 1 else "fsdp"
-    return args.backend
+    if args.backend == "auto" and ranks == 1:
+        mesh_shape(args, ranks)
+        if args.cpu_offload:
+            raise ValueError("cpu_offload=True needs backend=fsdp in a single process")
+        return "single"
+    return "fsdp" if args.backend == "auto" else args.backend
 
 
 def blocks(model: Bagel) -> Iterator[nn.Module]:
@@ -366,7 +370,8 @@ class DeepSpeedBackend(Backend):
 def deepspeed_config(args: TrainingArguments, device: torch.device) -> dict[str, Any]:
     """`ds_config_file`, or a configuration of `zero_stage`, with what the arguments say.
 
-    Raises ValueError where the file says something else than an argument.
+    What the file leaves to "auto" counts as unsaid. Raises ValueError where it says something else
+    than an argument, or asks for what is not done here.
     """
     ours = {
         "train_micro_batch_size_per_gpu": 1,
@@ -376,6 +381,10 @@ def deepspeed_config(args: TrainingArguments, device: torch.device) -> dict[str,
         # Without it the engine switches off autocast inside of the model.
         "torch_autocast": {"enabled": args.bf16, "dtype": "bfloat16"},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # ours, when it is offloaded too
+        "train_batch_size": None,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
         "steps_per_print": None,
     }
     zero = {"stage": args.zero_stage, "overlap_comm": device.type == "cuda"}
@@ -384,11 +393,14 @@ def deepspeed_config(args: TrainingArguments, device: torch.device) -> dict[str,
     path = Path(args.ds_config_file)
     if not path.exists():
         raise ValueError(f"ds_config_file={path}: there is no such file")
-    config = read_json(path)
+    text = json.dumps(read_json(path))
+    config = json.loads(text, object_hook=lambda d: {k: v for k, v in d.items() if v != "auto"})
     config["zero_optimization"] = zero | config.get("zero_optimization", {})
-    differing = [k for k, v in ours.items() if k in config and config[k] not in (v, "auto")]
-    if differing:
-        raise ValueError(f"{path}: {', '.join(differing)} differ from the run's arguments")
+    if config.get("fp16", {}).get("enabled"):
+        raise ValueError(f"{path}: fp16 is not supported: drop it and set the run's bf16")
+    for key, value in ours.items():
+        if config.get(key, value) not in (value, {}):
+            raise ValueError(f"{path}: {key}={config[key]!r} has to be {value!r} or left out")
     if config["zero_optimization"]["stage"] not in (1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage must be 1, 2 or 3")
     return config | ours
@@ -406,19 +418,21 @@ def make_mesh(device_type: str, args: TrainingArguments) -> DeviceMesh:
 
 
 def mesh_shape(args: TrainingArguments, ranks: int) -> tuple[int, int]:
-    """(replicate, shard). Raises ValueError when the ranks do not make a whole mesh."""
-    strategy = args.sharding_strategy
+    """(replicate, shard). Raises ValueError when the ranks do not make a whole mesh, or not the
+    one that was asked for."""
+    strategy, given = args.sharding_strategy, (args.num_replicate, args.num_shard)
     if strategy == "NO_SHARD":
         replicate, shard = ranks, 1
     elif strategy == "HYBRID_SHARD" and args.backend != "deepspeed":
-        given = args.num_replicate, args.num_shard
-        shard = given[1] or (ranks // given[0] if given[0] else processes_per_node(ranks))
+        shard = given[1] or max(1, ranks // given[0] if given[0] else processes_per_node(ranks))
         replicate = given[0] or max(1, ranks // shard)
     else:
         replicate, shard = 1, ranks
-    if replicate * shard != ranks:
+    asked = given[0] or replicate, given[1] or shard
+    if asked != (replicate, shard) or replicate * shard != ranks:
         raise ValueError(
-            f"num_replicate={replicate} x num_shard={shard} is not the number of processes, {ranks}"
+            f"num_replicate={asked[0]} x num_shard={asked[1]} is not the number of processes, "
+            f"{ranks}, or not as sharding_strategy={strategy} divides them"
         )
     return replicate, shard
 

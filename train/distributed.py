@@ -37,6 +37,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def dead_variables() -> list[str]:
+    """Of former trainers, those that are set."""
+    return [name for name in ("TRAIN_STEP_BARRIER", "PIXEL_LOSS_USE_V0") if name in os.environ]
+
+
 def processes_per_node(ranks: int) -> int:
     """As the launcher says; without one all ranks are on this node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
@@ -160,12 +165,16 @@ class HangWatch:
     """
 
     def __init__(self, timeout: float) -> None:
-        """`timeout` in seconds, 0 for never; TRAIN_HANG_WATCHDOG_SECS wins over it."""
-        self.timeout = float(os.environ.get("TRAIN_HANG_WATCHDOG_SECS") or timeout)
+        """`timeout` in seconds, 0 or inf for never; TRAIN_HANG_WATCHDOG_SECS wins over it."""
+        stated = os.environ.get("TRAIN_HANG_WATCHDOG_SECS") or timeout
+        try:
+            self.timeout = float(stated)
+        except ValueError as error:
+            raise ValueError(f"TRAIN_HANG_WATCHDOG_SECS={stated!r} is no number") from error
         self.watching = False
 
     def __enter__(self) -> "HangWatch":
-        self.watching = self.timeout > 0
+        self.watching = 0 < self.timeout < float("inf")
         self.alive()
         return self
 

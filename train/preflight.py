@@ -20,6 +20,7 @@ import torch
 from data.config import DatasetConfig, GroupConfig, load_mixture
 from data.loader import PackedLoader
 from data.records import RecordError
+from data.tokenizer import Tokenizer
 from modeling.bagel.bagel import Bagel
 from modeling.batch import PackedBatch
 from modeling.pretrained import MANIFEST, LoadReport, read_json, verify_manifest
@@ -32,6 +33,7 @@ from .distributed import launched_processes
 from .freezing import parameter_lines
 from .memory import OFFLOADED, static_memory, step_memory
 from .optim import fate_of
+from .validation import first_pairs
 
 PACKS = 10
 CHECKED_RECORDS = 10_000
@@ -99,10 +101,12 @@ def examine(args: RunArguments) -> Findings:
     # A run that is to continue may need no other weights.
     if not found.refused or args.model.model_path is not None:
         found.attempt(find_model, found)
-    found.attempt(find_other_files, found)
+    find_places(found)
     if found.has("model"):
         found.attempt(find_packs, found)
-    found.attempt(read_every_data_set, found)
+    found.attempt(read_every_data_set, found, args.data.dataset_config_file)
+    if args.training.enable_validation:
+        found.attempt(find_validation, found, str(args.training.val_dataset_config_file))
     found.problems = list(dict.fromkeys(found.problems))
     return found
 
@@ -112,9 +116,8 @@ def find_mesh(found: Findings) -> None:
     training = found.args.training
     stated = (training.num_replicate or 1) * (training.num_shard or 1)
     ranks = launched_processes() if launched_processes() > 1 else stated
-    kind = backend_name(training, ranks)
-    found.mesh = (1, 1) if kind == "single" else mesh_shape(training, ranks)
-    found.kind = kind
+    found.kind = kind = backend_name(training, ranks)
+    found.mesh = mesh_shape(training, ranks)
     if kind == "deepspeed":
         config = deepspeed_config(training, torch.device("cpu"))
         found.zero_stage = config["zero_optimization"]["stage"]
@@ -143,16 +146,15 @@ def find_model(found: Findings) -> None:
     found.source, found.model = source, model
 
 
-def find_other_files(found: Findings) -> None:
-    """What the run needs beside weights and data: a folder to write to, and what arguments name."""
-    training = found.args.training
-    place = Path(training.checkpoint_dir).absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        found.problems.append(f"checkpoint_dir={training.checkpoint_dir}: cannot write to {place}")
-    if training.enable_validation and training.val_dataset_config_file is not None:
-        found.attempt(load_mixture, training.val_dataset_config_file, found.args.data.data_root)
+def find_places(found: Findings) -> None:
+    """Folders that the run would write to."""
+    for name in ("checkpoint_dir", "results_dir"):
+        folder = getattr(found.args.training, name)
+        place = Path(folder or found.args.training.checkpoint_dir).absolute()
+        while not place.exists():
+            place = place.parent
+        if folder and not (place.is_dir() and os.access(place, os.W_OK)):
+            found.problems.append(f"{name}={folder}: cannot write to {place}")
 
 
 def find_packs(found: Findings) -> None:
@@ -167,12 +169,23 @@ def find_packs(found: Findings) -> None:
     found.packs = [found.loader.next_batch() for _ in range(PACKS)]
 
 
-def read_every_data_set(found: Findings) -> None:
+def find_validation(found: Findings, path: str) -> None:
+    """Its first pack and its pairs."""
+    if not Path(path).is_file():
+        raise ValueError(f"val_dataset_config_file={path}: there is no such file")
+    read_every_data_set(found, path)
+    if found.has("weights"):
+        args = copy.deepcopy(found.args)
+        args.data.dataset_config_file = path
+        build_loader(args, found.model, found.source).next_batch()
+        mixture = load_mixture(path, args.data.data_root)
+        first_pairs(mixture, Tokenizer(found.source), args.training.val_images)
+
+
+def read_every_data_set(found: Findings, path: str | None) -> None:
     """The first records of each, without their images."""
     data = found.args.data
-    if data.dataset_config_file is None:
-        return
-    for group in load_mixture(data.dataset_config_file, data.data_root):
+    for group in () if path is None else load_mixture(path, data.data_root):
         for dataset in group.datasets:
             found.attempt(read_first_records, group, dataset, data.max_bad_share)
 
@@ -228,6 +241,8 @@ def of_processes(found: Findings) -> Iterator[str]:
     replicate, shard = found.mesh
     zero = f", ZeRO {found.zero_stage}" if found.kind == "deepspeed" else ""
     yield f"{found.kind}{zero}: {replicate} (replicate) x {shard} (shard) = {replicate * shard}"
+    if replicate * shard > launched_processes():
+        yield "this is one process: the run needs a launcher that starts as many"
 
 
 def of_data(found: Findings) -> Iterator[str]:
@@ -269,11 +284,10 @@ def of_a_step(found: Findings) -> Iterator[str]:
 def of_memory(found: Findings) -> Iterator[str]:
     """The rank and the pack that need most."""
     training = replace(found.args.training, zero_stage=found.zero_stage)
-    kind = found.kind
-    static = static_memory(found.model, training, kind, found.mesh[1])
-    steps = [step_memory(found.model, training, kind, pack) for pack in found.packs]
+    static = static_memory(found.model, training, found.kind, found.mesh[1])
+    steps = [step_memory(found.model, training, found.kind, pack) for pack in found.packs]
     needed = max(steps, key=lambda sizes: sum(sizes.values()))
-    away = OFFLOADED if training.cpu_offload and kind == "fsdp" else ()
+    away = OFFLOADED if training.cpu_offload and found.kind == "fsdp" else ()
     yield f"{_size(sum((static | needed).values()) - sum(static[n] for n in away))} on a GPU"
     for name, size in (static | needed).items():
         estimate = " (estimate)" if name in needed else ""

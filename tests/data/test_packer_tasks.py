@@ -236,6 +236,15 @@ def test_tokenizers_that_do_not_fit(tmp_path):
         Tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
+def test_damaged_tokenizers_name_their_folder(content, tmp_path):
+    write_tokenizer(["x"], tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError) as caught:
+        Tokenizer(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}: the tokenizer's files are damaged: ")
+
+
 def test_restoration_sample(tokenizer, tmp_path):
     line = write_pairs(tmp_path, 1).read_text()
     task = restoration_task(tokenizer)

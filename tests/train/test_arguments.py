@@ -54,6 +54,7 @@ def test_later_sources_win_and_are_remembered(tmp_path):
     [
         (["--bf16"], True),
         (["--bf16", "--lr", "1"], True),
+        (["--vit_rope", "--bf16"], True),
         (["--bf16", "true"], True),
         (["--bf16=FALSE"], False),
         (["--bf16", "False"], False),
@@ -66,7 +67,8 @@ def test_flags(argv, value):
 
 def test_flags_in_yaml(tmp_path):
     config = yaml_file(tmp_path / "a.yaml", "bf16: yes\nauto_resume: false\nvit_rope: null\n")
-    args = parse_arguments(["--config", config])
+    args = parse_arguments(["--config", config, "--wandb_name", "007"])
+    assert args.training.wandb_name == "007"
     assert (args.training.bf16, args.training.auto_resume, args.model.vit_rope) == (
         True,
         False,
@@ -96,6 +98,18 @@ def test_values_keep_their_types():
         ),
         (["--qqqq", "1"], "command line: unknown argument 'qqqq'"),
         (["lr", "1"], "'lr' belongs to no --argument"),
+        (["--checkpoint_dir", "--lr", "1"], "command line: --checkpoint_dir needs a value"),
+        (["--results_dir"], "command line: --results_dir needs a value"),
+        (["--total_steps"], "command line: --total_steps needs a value"),
+        (["--lr", "--bf16"], "command line: --lr needs a value"),
+        (["--config"], "command line: --config needs a value"),
+        (["--config", ""], "--config: .: there is no such file"),
+        (["--checkpoint_dir", ""], "command line: checkpoint_dir='' is empty"),
+        (["--results_dir="], "command line: results_dir='' is empty"),
+        (["--model_path="], "command line: model_path='' is empty"),
+        (["--resume_from="], "command line: resume_from='' is empty"),
+        (["--dataset_config_file="], "command line: dataset_config_file='' is empty"),
+        (["--data_root="], "command line: data_root='' is empty"),
     ],
 )
 def test_mistakes_on_the_command_line(argv, message):
@@ -112,6 +126,10 @@ def test_mistakes_on_the_command_line(argv, message):
         ("lr: [1, 2]\n", "1: lr=[1, 2] is no float"),
         ("lr: null\n", "1: lr=None is no float"),
         ("checkpoint_dir: null\n", "1: checkpoint_dir=None is no str"),
+        ("wandb_name: 007\n", "1: wandb_name=7 is no str: quote it"),
+        ("lr: 1\nwandb_name: 1.10\n", "2: wandb_name=1.1 is no str: quote it"),
+        ("wandb_name: no\n", "1: wandb_name=False is no str: quote it"),
+        ("model_path: 7\n", "1: model_path=7 is no str: quote it"),
         ("lr: 1\nmodel_path: [a]\n", "2: model_path=['a'] is no str"),
         ("lr: 1\nema: 1.5\n", "2: ema=1.5 is no decay in [0, 1)"),
         ("lr: 1\nema: 0.9\nlr: 2\n", "3: lr stands in {path}:1 already"),
@@ -169,6 +187,7 @@ def test_files_that_extend_each_other(tmp_path):
         ({"max_grad_norm": 0}, "max_grad_norm=0.0 must be positive"),
         ({"num_workers": -1}, "num_workers=-1 must not be negative"),
         ({"hang_timeout": -1}, "hang_timeout=-1.0 must not be negative"),
+        ({"hang_timeout": "inf"}, "hang_timeout=inf must not be negative or infinite"),
         ({"num_shard": 0}, "num_shard=0 must be at least 1"),
         ({"val_num_timesteps": 1}, "val_num_timesteps=1 must be at least 2"),
         ({"zero_stage": 4, "backend": "deepspeed"}, "zero_stage=4 is none of 1, 2, 3"),
@@ -209,12 +228,34 @@ def test_files_that_extend_each_other(tmp_path):
         ),
         ({"freeze_vit": True, "vit_lr": 1}, "vit_lr=1.0 has nothing to train with freeze_vit=True"),
         ({"freeze_mot_und": True, "mot_und_lr": 1}, "mot_und_lr=1.0 has nothing to train"),
+        ({"freeze_und": True, "vit_lr": 1}, "vit_lr=1.0 has nothing to train with freeze_und=True"),
+        ({"freeze_und": True, "mot_und_lr": 1}, "mot_und_lr=1.0 has nothing to train with freeze"),
+        ({"freeze_llm": True, "mot_und_lr": 1}, "mot_und_lr=1.0 has nothing to train with freeze"),
+        ({"freeze_llm": True, "mot_gen_lr": 1}, "mot_gen_lr=1.0 has nothing to train with freeze"),
+        (
+            {"freeze_und": True, "freeze_vit": True},
+            "freeze_und already freezes what freeze_vit would",
+        ),
         ({"llm_lr": 1, "mot_gen_lr": 1}, "llm_lr and mot_und_lr or mot_gen_lr"),
-        ({"lora_rank": 4, "freeze_mot_gen": True}, "lora_rank=4 freezes the language model"),
+        (
+            {"lora_rank": 4, "freeze_mot_gen": True},
+            "lora_rank=4 freezes the language model: drop freeze_mot_gen",
+        ),
+        (
+            {"lora_rank": 4, "freeze_llm": True, "freeze_mot_und": True},
+            "lora_rank=4 freezes the language model: drop freeze_llm and freeze_mot_und",
+        ),
         ({"lora_rank": 4, "lora_targets": ", "}, "lora_rank=4 needs lora_targets"),
         ({"backend": "deepspeed", "num_shard": 8}, "num_shard=8 needs backend=fsdp, not deepspeed"),
         ({"backend": "deepspeed", "cpu_offload": True}, "cpu_offload=True needs backend=fsdp"),
         ({"backend": "fsdp", "zero_stage": 3}, "zero_stage=3 needs backend=deepspeed, not fsdp"),
+        ({"backend": "single", "num_shard": 2}, "num_shard=2 needs backend=fsdp, not single"),
+        ({"backend": "single", "cpu_offload": True}, "cpu_offload=True needs backend=fsdp, not s"),
+        (
+            {"backend": "single", "sharding_strategy": "FULL_SHARD"},
+            "sharding_strategy=FULL_SHARD needs backend=fsdp, not single",
+        ),
+        ({"backend": "single", "zero_stage": 3}, "zero_stage=3 needs backend=deepspeed, not"),
         ({"ds_config_file": "ds.json"}, "ds_config_file=ds.json needs backend=deepspeed, not auto"),
         (
             {"backend": "deepspeed", "zero_stage": 3, "ds_config_file": "ds.json"},
@@ -226,6 +267,10 @@ def test_files_that_extend_each_other(tmp_path):
         ),
         ({"val_every": 5}, "val_every and enable_validation need val_dataset_config_file"),
         ({"enable_validation": True}, "enable_validation needs val_every above 0"),
+        ({"best_metrics": "val/pnsr/mean"}, "best_metrics='val/pnsr/mean' names what is no val/"),
+        ({"best_metrics": "val/mse val/psnr"}, "best_metrics='val/mse val/psnr' names what is no"),
+        ({"best_metrics": "val/ce, mse"}, "best_metrics='val/ce, mse' names what is no val/TERM"),
+        ({"best_metrics": "val/cee"}, "best_metrics='val/cee' names what is no val/TERM"),
         ({"best_metrics": "val/ce"}, "best_metrics=val/ce needs val_every above 0"),
     ],
 )
@@ -263,7 +308,6 @@ def test_what_arguments_imply():
     assert (args.training.val_every, args.sources["val_every"]) == (0, "enable_validation")
     assert parse_arguments(["--num_workers=0", "--prefetch_factor=4"]).data.prefetch_factor == 4
     assert parse_arguments(["--max_grad_norm=inf"]).training.max_grad_norm == math.inf
-    assert parse_arguments(["--lora_rank=4", "--freeze_llm"]).model.lora_rank == 4
 
 
 @pytest.mark.parametrize(
@@ -286,6 +330,15 @@ def test_what_arguments_imply():
             ["command line: warmup_steps=9 exceeds total_steps=8: lr=0.0001 is never reached"],
         ),
         (["--vae_lr=1", "--e2e_lr=1"], ["command line: vae_lr", "command line: e2e_lr"]),
+        (
+            ["--lora_rank=4", "--freeze_und"],
+            ["command line: lora_rank=4: freeze_und freezes one expert's adapters"],
+        ),
+        # Adapters have the learning rates of what they adapt.
+        (["--lora_rank=4", "--llm_lr=1"], []),
+        (["--lora_rank=4", "--mot_und_lr=1", "--mot_gen_lr=2"], []),
+        (["--freeze_und", "--llm_lr=1"], []),
+        (["--freeze_mot_und", "--freeze_mot_gen", "--llm_lr=1"], []),
     ],
 )
 def test_what_has_no_effect_is_told_once(argv, warnings):
@@ -294,6 +347,15 @@ def test_what_has_no_effect_is_told_once(argv, warnings):
     assert len(told) == len(args.warnings) == len(warnings)
     for line, warning in zip(told, warnings, strict=True):
         assert line.startswith(f"WARNING: {warning}")
+
+
+def test_variables_of_former_trainers_are_told_to_have_no_effect(monkeypatch):
+    for name in ("TRAIN_STEP_BARRIER", "PIXEL_LOSS_USE_V0"):
+        assert parse_arguments([]).warnings == []
+        monkeypatch.setenv(name, "1")
+        (warning,) = parse_arguments([]).warnings
+        assert warning == f"{name} of the environment: No effect"
+        monkeypatch.delenv(name)
 
 
 def test_the_default_layer_of_former_trainers():

@@ -3,7 +3,6 @@
 The global batch is that of four packs throughout: ranks times accumulated micro-batches.
 """
 
-import dataclasses
 import json
 import shutil
 import threading
@@ -19,7 +18,7 @@ from modeling.pretrained import load_pretrained, open_pretrained, save_pretraine
 from tests.helpers import run_arguments, tiny_config
 from tests.ranks import run_on_ranks
 from train.arguments import TrainingArguments
-from train.backends import make_backend, mesh_shape
+from train.backends import deepspeed_config, make_backend, mesh_shape
 from train.build import build_trainer
 from train.distributed import process_group, world_size
 from train.optim import apply_freeze_plan
@@ -206,6 +205,94 @@ def test_backends_refuse_what_does_not_fit(checkpoint, mixture, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"fp16": {"enabled": True}}, "fp16 is not supported: drop it and set the run's bf16"),
+        ({"train_batch_size": 8}, "train_batch_size=8 has to be None or left out"),
+        ({"gradient_predivide_factor": 4.0}, "gradient_predivide_factor=4.0 has to be 1.0 or left"),
+        ({"prescale_gradients": True}, "prescale_gradients=True has to be False or left out"),
+        ({"gradient_clipping": 2.0}, "gradient_clipping=2.0 has to be 1.0 or left out"),
+        ({"bf16": {"enabled": True}}, "bf16={'enabled': True} has to be {'enabled': False} or"),
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage must be 1, 2 or 3"),
+    ],
+)
+def test_a_ds_config_file_is_refused_in_one_line(content, message, tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    args = TrainingArguments(backend="deepspeed", ds_config_file=str(tmp_path / "ds.json"))
+    with pytest.raises(ValueError) as caught:
+        deepspeed_config(args, torch.device("cpu"))
+    assert str(caught.value).startswith(f"{tmp_path}/ds.json: {message}")
+    assert "\n" not in str(caught.value)
+
+
+AUTO = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto", "loss_scale": 0},
+    "zero_optimization": {
+        "stage": 2,
+        "reduce_bucket_size": "auto",
+        "offload_optimizer": {"device": "cpu"},
+    },
+}
+"""As files for other trainers are."""
+
+
+def test_what_a_ds_config_file_leaves_to_auto_is_the_runs(checkpoint, mixture, tmp_path):
+    """With an offloaded optimizer it trains to the loss of a single process."""
+    (tmp_path / "ds.json").write_text(json.dumps(AUTO))
+    given = {"backend": "deepspeed", "ds_config_file": tmp_path / "ds.json", "total_steps": 2}
+    args = run_arguments(checkpoint, mixture, tmp_path / "zero", **given)
+    config = deepspeed_config(args.training, torch.device("cpu"))
+    assert config["train_batch_size"] is None and config["train_micro_batch_size_per_gpu"] == 1
+    assert config["bf16"] == {"enabled": False} and config["gradient_clipping"] == 1.0
+    assert "reduce_bucket_size" not in config["zero_optimization"]
+    with process_group(torch.device("cpu"), 60, wanted=True):
+        build_trainer(args).fit()
+    build_trainer(run_arguments(checkpoint, mixture, tmp_path / "single", total_steps=2)).fit()
+    found, expected = (lines(tmp_path / name)[-1] for name in ("zero", "single"))
+    for name in ("mse", "ce", "total_norm"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_shard": 8}, "num_replicate=1 x num_shard=8 is not the number of processes, 1"),
+        ({"num_replicate": 2}, "num_replicate=2 x num_shard=1 is not the number of processes, 1"),
+        (
+            {"num_shard": 3, "sharding_strategy": "FULL_SHARD"},
+            "num_shard=3 is not the number of processes, 1, or not as sharding_strategy=FULL_SHARD",
+        ),
+        ({"cpu_offload": True}, "cpu_offload=True needs backend=fsdp in a single process"),
+    ],
+)
+def test_one_process_is_not_several(values, message, checkpoint, mixture, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        build_trainer(run_arguments(checkpoint, mixture, tmp_path, **values))
+
+
+def test_a_strategy_makes_the_mesh_that_was_asked_for():
+    def shape(strategy: str, replicate: int | None, shard: int | None) -> tuple[int, int]:
+        sizes = {"num_replicate": replicate, "num_shard": shard}
+        return mesh_shape(TrainingArguments(sharding_strategy=strategy, **sizes), 8)
+
+    assert shape("FULL_SHARD", 1, 8) == shape("SHARD_GRAD_OP", None, 8) == (1, 8)
+    assert shape("NO_SHARD", 8, 1) == shape("NO_SHARD", None, None) == (8, 1)
+    for strategy, replicate, shard, asked in (
+        ("FULL_SHARD", None, 3, "1 x num_shard=3"),
+        ("FULL_SHARD", 2, 4, "2 x num_shard=4"),
+        ("NO_SHARD", 1, 8, "1 x num_shard=8"),
+    ):
+        message = f"num_replicate={asked} is not the number of processes, 8, or not as "
+        with pytest.raises(ValueError, match=f"{message}sharding_strategy={strategy} divides them"):
+            shape(strategy, replicate, shard)
+
+
+@pytest.mark.parametrize(
     ("replicate", "shard", "expected"),
     [(None, None, (2, 4)), (4, None, (4, 2)), (None, 2, (4, 2)), (1, None, (1, 8)), (2, 4, (2, 4))],
 )
@@ -213,7 +300,7 @@ def test_a_group_is_a_node_unless_its_size_is_given(replicate, shard, expected, 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     args = TrainingArguments(num_replicate=replicate, num_shard=shard)
     assert mesh_shape(args, 8) == expected
-    assert mesh_shape(dataclasses.replace(args, sharding_strategy="FULL_SHARD"), 8) == (1, 8)
+    assert mesh_shape(TrainingArguments(sharding_strategy="FULL_SHARD"), 8) == (1, 8)
     assert mesh_shape(TrainingArguments(backend="deepspeed"), 8) == (1, 8)
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     assert mesh_shape(TrainingArguments(), 8) == (1, 8)

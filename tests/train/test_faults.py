@@ -31,7 +31,7 @@ from tests.helpers import run_arguments
 from train.backends import Backend
 from train.build import build_trainer, resume_folder
 from train.checkpoint import step_folders, verify
-from train.distributed import STOP_EXIT_CODE
+from train.distributed import STOP_EXIT_CODE, HangWatch
 from train.guard import Guard
 from train.trainer import Trainer
 
@@ -432,6 +432,16 @@ def test_a_rank_that_sleeps_ends_the_run_with_all_stacks(common, tmp_path):
         assert "Timeout (0:00:08)!" in text and "most recent call first" in text
         assert "in fit" in text
     assert "sum_over_ranks" in texts[0] and "sum_over_ranks" not in texts[1]
+
+
+def test_the_watchs_variable_is_named_when_it_is_no_number(monkeypatch):
+    for stated, seconds in (("2e1", 20), ("", 5), ("inf", math.inf)):
+        monkeypatch.setenv("TRAIN_HANG_WATCHDOG_SECS", stated)
+        with HangWatch(5) as watch:
+            assert watch.timeout == seconds and watch.watching == (seconds < math.inf)
+    monkeypatch.setenv("TRAIN_HANG_WATCHDOG_SECS", "30min")
+    with pytest.raises(ValueError, match="TRAIN_HANG_WATCHDOG_SECS='30min' is no number"):
+        HangWatch(5)
 
 
 def drawn(folder: Path) -> list[str]:

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from modeling.pretrained import load_pretrained
-from tests.helpers import run_arguments
+from tests.helpers import run_arguments, tiny_model
+from train.argument_rules import FROZEN_WITH
 from train.arguments import TrainingArguments
 from train.build import build_trainer
 from train.ema import EMA
 from train.metrics import Metrics
-from train.optim import apply_freeze_plan, base_lr, group_of, lr_at
+from train.optim import apply_freeze_plan, base_lr, frozen_by, group_of, lr_at
 
 
 def test_ema_is_its_formula_and_a_skipped_step_changes_no_bit():
@@ -68,6 +69,19 @@ def test_groups_have_their_learning_rates():
     assert [base_lr(g, args) for g in (*found.values(), "other")] == [1.0, 3.0, 2.0, 1.0]
     args = TrainingArguments(lr=1.0, llm_lr=5.0)
     assert base_lr(group_of(layer + "_moe_gen.weight", args), args) == 5.0
+
+
+@pytest.mark.parametrize("part", ["vit", "llm", "mot_und", "mot_gen"])
+def test_a_rate_is_refused_where_a_flag_leaves_it_nothing(part):
+    """FROZEN_WITH against the freeze plan of a model."""
+    names = [name for name, _ in tiny_model().named_parameters()]
+    group = {"vit": "vit_model", "llm": "language_model"}.get(part, part)
+    covering = [f"freeze_{other}" for other in (part, *FROZEN_WITH[part].split())]
+    for flag in ("freeze_llm", "freeze_vit", "freeze_und", "freeze_mot_und", "freeze_mot_gen"):
+        args = TrainingArguments(**{flag: True, f"{part}_lr": 1.0})
+        own = [name for name in names if group_of(name, args) == group]
+        nothing = all(frozen_by(name, args, lora=False) for name in own)
+        assert own and nothing == (flag in covering), flag
 
 
 def gen_side(name: str) -> bool:

@@ -102,7 +102,7 @@ def test_numbers_of_the_demo(page, one_size):
     assert f"{total - llm - vit - vae:,} trained, other, lr 0.0003" in text
     assert f"{vae:,} frozen by freeze_vae" in text and f"{vit:,} frozen by freeze_vit" in text
     assert "0.25 x ce, 1 x mse, 0.1 x ssim" in text
-    assert "fsdp: 2 (replicate) x 4 (shard) = 8" in text
+    assert "fsdp: 2 (replicate) x 4 (shard) = 8\n this is one process: the run needs a" in text
     assert "7 records, 100.0% of the samples: pairs" in text
     words = Qwen2Tokenizer.from_pretrained(TINY)
     prompt, answer = (len(words.encode(text)) for text in ("Remove it.", "Mild."))
@@ -154,6 +154,18 @@ def test_all_that_is_wrong_is_told_together(page, tmp_path, monkeypatch):
     assert page(tmp_path, **wrong) == (0, "")
 
 
+def test_one_process_is_told_as_the_run_tells_it(page, tiny_pairs):
+    given = {"config": "configs/tiny/demo.yaml", "dataset_config_file": tiny_pairs, **SMALL_PACKS}
+    code, text = page(tiny_pairs.parent, **given, cpu_offload=True)
+    assert code == 1 and "WRONG cpu_offload=True needs backend=fsdp in a single process" in text
+    sizes = {"num_replicate": 2, "num_shard": 4, "sharding_strategy": "FULL_SHARD"}
+    code, text = page(tiny_pairs.parent, **given, **sizes)
+    assert code == 1 and "num_shard=4 is not the number of processes, 8, or not as shard" in text
+    code, text = page(tiny_pairs.parent, **given)
+    assert code == 0 and "single: 1 (replicate) x 1 (shard) = 1\n" in text
+    assert "this is one process" not in text
+
+
 def test_what_a_run_needs_beside_weights_and_data_is_looked_for(page, tmp_path):
     folder = tmp_path / "pairs"
     path = write_pairs(folder, 12)
@@ -176,6 +188,32 @@ def test_what_a_run_needs_beside_weights_and_data_is_looked_for(page, tmp_path):
     assert "none.yaml: there is no such file" in told
     assert "ds_config_file=none.json: there is no such file" in told
     assert f"{path}:12: output_img must be a list of {{path}} (1 of 12 records are bad)" in told
+
+
+def test_a_validation_that_could_not_begin_is_found(page, tmp_path):
+    """Its images, its records, its file; and a folder of log lines that is a file."""
+    folders = [tmp_path / name for name in ("pairs", "imageless", "bad")]
+    for folder in folders:
+        write_pairs(folder, 4)
+    for image in (tmp_path / "imageless" / "images").iterdir():
+        image.unlink()
+    (tmp_path / "bad" / "train.jsonl").write_text("{}\n")
+    sizes = {"image_transform_args": SIZES}
+    mixture, imageless, bad = (write_mixture(f.with_suffix(".yaml"), f, **sizes) for f in folders)
+    given = {"config": "configs/tiny/demo.yaml", "dataset_config_file": mixture, **SMALL_PACKS}
+    given |= {"val_every": 5, "val_dataset_config_file": mixture}
+    assert page(tmp_path, **given)[0] == 0
+    for changes, message in (
+        ({"val_dataset_config_file": imageless}, f"{tmp_path}/imageless/images/"),
+        ({"val_dataset_config_file": bad}, f"{tmp_path}/bad/train.jsonl:1: "),
+        ({"val_dataset_config_file": "/none"}, "val_dataset_config_file=/none: there is no such"),
+        ({"results_dir": mixture}, f"results_dir={mixture}: cannot write to {mixture}"),
+        ({"results_dir": mixture / "x"}, f"results_dir={mixture}/x: cannot write to {mixture}"),
+    ):
+        code, text = page(tmp_path, **given | changes)
+        assert code == 1 and message in text[text.index("WRONG") :]
+        assert " dataset_config_file=" not in text
+    assert page(tmp_path, **given, results_dir=tmp_path / "new" / "folder")[0] == 0
 
 
 def test_the_stage_of_a_ds_config_file_is_that_of_the_page(page, tiny_pairs, tmp_path):
