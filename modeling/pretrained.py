@@ -119,6 +119,8 @@ def read_json(path: Path, known: Iterable[str] = ()) -> dict[str, Any]:
         content = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise DamagedError(f"{path}: no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DamagedError(f"{path}: a JSON object is expected, not {type(content).__name__}")
     if unknown := sorted(set(content) - set(known or content)):
         raise CheckpointError(f"{path}: unknown keys {unknown}")
     return content
