@@ -79,9 +79,8 @@ class TensorBoard(Sink):
 class WandB(Sink):
     """Weights & Biases. The run's id stands in `<run>/wandb_id.txt`, so that it can go on.
 
-    Nothing but the values, and the platform and versions that W&B itself runs with, is stored: no
-    code, no command line, no console, no package list, no host name. Steps that a resumed run
-    repeats stay as they were.
+    Beside the values it stores its versions and the platform: no code, command line, console,
+    package list, host name or statistics. Steps that a resumed run repeats stay as they were.
     """
 
     def __init__(self, folder: Path, name: str, offline: bool) -> None:
