@@ -24,8 +24,7 @@ from .files import Place, existing, folder_of
 from .sources import JsonlRecords, ParquetRecords, Records
 from .tasks import TASKS, Task
 from .tokenizer import Tokenizer
-from .transforms import NO_IMAGES, ResizeRule
-from .transforms import RULES as RULES
+from .transforms import NO_IMAGES, RULES, ResizeRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +33,9 @@ class DatasetConfig:
     jsonl_path: Place | None = None
     parquet_path: Place | None = None
     """A file or a folder of files, instead of jsonl_path."""
-    data_dir: Place
-    """Image paths of the records are relative to this folder; default: that of the records."""
+    data_dir: Place = Path()
+    """Image paths of the records are relative to this folder; default in a mixture: that of the
+    records."""
     num_used_data: int = 0
     """Records used (of parquet_path: files), from the top; 0 uses all."""
     weight: float = 1.0
@@ -141,7 +141,7 @@ def checked(where: str, content: Any, kind: type) -> dict[str, Any]:
             raise ValueError(f"{here}: unknown key {key!r}; {nearest(str(key), types)}")
         require_type(f"{here}: {key}={value!r}", value, types[str(key)])
     needed = [f.name for f in fields(kind) if f.default is MISSING]
-    if missing := sorted({*needed} - {*content} - {"data_dir"}):
+    if missing := sorted({*needed} - {*content}):
         raise ValueError(f"{where}: missing {missing}")
     return {str(key): value for key, value in content.items()}
 

@@ -15,8 +15,8 @@ Place = Path | str
 """A local path, or a URL."""
 INSIDE = re.compile("(?<=://).*?(?=::|$)")
 """The path of a URL: `bucket/a.jsonl`, `in/a.png`."""
-KEPT = cache(fsspec.core.url_to_fs)
-"""Archives: files in one end with it, and its table is read once."""
+_archive_system = cache(fsspec.core.url_to_fs)
+"""Kept, because open files of an archive end with it, and its table is read once."""
 
 
 def place(text: str) -> Place:
@@ -47,7 +47,7 @@ def _system(where: Place) -> tuple[Any, Any]:
         if isinstance(where, Path):
             return Path, where
         if re.match("[^:]+://.*::", where):
-            return KEPT(INSIDE.sub("", where, 1))[0], INSIDE.findall(where)[0]
+            return _archive_system(INSIDE.sub("", where, 1))[0], INSIDE.findall(where)[0]
         return fsspec.core.url_to_fs(where)
     except (ImportError, BadZipFile, tarfile.TarError) as error:
         raise OSError(f"{where}: {error}") from error

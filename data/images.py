@@ -6,7 +6,6 @@ PNG, JPEG and TIFF (its first page), 8, 16 and 32 bits, grey, RGB and RGBA; DICO
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -15,9 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .files import NamedBytes
 from .volumes import (
-    MAX_PIXELS,
     Axis,
     ImageError,
     Range,
@@ -26,6 +23,7 @@ from .volumes import (
     named_errors,
     read_dicom,
     read_nifti,
+    require_size,
 )
 
 GREY_RANGES = {"F": (0.0, 1.0), "I": (0.0, 65535.0)}
@@ -45,6 +43,13 @@ def file_kind(path: ImageFile) -> Literal["nifti", "dicom", "image"]:
         is_dicom = name.endswith((".dcm", ".dicom")) or file.read(132)[128:] == b"DICM"
         file.seek(0)
         return "dicom" if is_dicom else "image"
+
+
+def _image_kind(path: ImageFile) -> Literal["dicom", "image"]:
+    """Raises ImageError also for NIfTI, whose images are slices of a volume."""
+    if (kind := file_kind(path)) == "nifti":
+        raise ImageError(f"{path}: NIfTI holds volumes: see make_pairs.py")
+    return kind
 
 
 def _bytes_of(path: ImageFile) -> AbstractContextManager[BinaryIO]:
@@ -81,19 +86,13 @@ def read_scan(
     return replace(scan, values=scan.values[frame], spacing=scan.spacing[1:])
 
 
-def _named(path: ImageFile) -> ImageFile:
-    """What has no name but its address in memory gets one."""
-    return NamedBytes(path.getvalue(), "encoded image") if type(path) is BytesIO else path
-
-
 def read_image(path: ImageFile, paired: bool = False) -> Image.Image:
     """The RGB image of a file; `paired` if another one must be scaled alike.
 
     Raises ImageError for a missing, damaged or oversized file, and for a volume; where it is
     paired also for a DICOM file that does not state what black and white are.
     """
-    path = _named(path)
-    if file_kind(path) != "image":
+    if _image_kind(path) == "dicom":
         scan = read_scan(path)
         if scan.is_volume:
             raise ImageError(f"{path}: a volume of {len(scan.values)} slices: see make_pairs.py")
@@ -118,8 +117,7 @@ def require_one_window(source: str, images: Iterable[Image.Image]) -> None:
 
 def image_size(path: ImageFile) -> tuple[int, int]:
     """(width, height) from the header of a file; raises ImageError as `read_image` does."""
-    path = _named(path)
-    if file_kind(path) == "dicom":
+    if _image_kind(path) == "dicom":
         header = dicom_header(path)
         return header.Columns, header.Rows
     with _opened(path) as image:
@@ -129,16 +127,10 @@ def image_size(path: ImageFile) -> tuple[int, int]:
 @contextmanager
 def _opened(path: ImageFile, page: int = 0) -> Iterator[Image.Image]:
     """The image of a file before its pixels are decoded."""
-    try:
-        with named_errors(path), Image.open(path) as image:
-            image.seek(page)
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(
-                    f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels"
-                )
-            yield image
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: {error}") from error
+    with named_errors(path), Image.open(path) as image:
+        image.seek(page)
+        require_size(image.height, image.width)
+        yield image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -180,7 +172,7 @@ def to_pm1(image: Image.Image) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
-def to_uint8(image_pm1: Tensor) -> np.ndarray:
-    """(3, H, W) nominally in [-1, 1] -> (H, W, 3) uint8, clamped and rounded."""
+def to_image(image_pm1: Tensor) -> Image.Image:
+    """(3, H, W) nominally in [-1, 1] -> RGB image, clamped and rounded."""
     scaled = (image_pm1.float().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(scaled.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())

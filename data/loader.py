@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import count, zip_longest
+from itertools import count, product, zip_longest
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from modeling.batch import PackedBatch
 
-from .config import RULES, GroupConfig
+from .config import GroupConfig
 from .packer import PackerConfig
 from .stream import LoaderConfig, Planner
 from .tally import TOO_LONG, Bad, Tally
 from .tokenizer import Tokenizer
-from .transforms import NO_IMAGES
+from .transforms import NO_IMAGES, RULES
 
 WAY_OUT = (
     "take the weights alone into a new run: --resume_from with --resume_model_only True and "
@@ -60,13 +60,11 @@ class PackedLoader:
     ) -> None:
         self.config, self.packer_config = config, packer_config
         self.rank, self.world_size = rank, world_size
-        self.resize_rules = {
-            name: asdict(rule)
-            for name in RULES
-            for rule in [getattr(group, name) for group in reversed(mixture)]
-            if rule != NO_IMAGES
-        }
+        self.resize_rules: dict[str, dict[str, int]] = {}
         """Of the first group that has such images, as keys of a mixture."""
+        for name, group in product(RULES, mixture):
+            if (rule := getattr(group, name)) != NO_IMAGES:
+                self.resize_rules.setdefault(name, asdict(rule))
         self.planner = Planner(mixture, config, packer_config, tokenizer)
         """Stands after the last global step whose batch was taken."""
         self.names = [dataset.name for dataset in self.planner.datasets]
@@ -80,11 +78,6 @@ class PackedLoader:
         if rank == 0 and records < world_size * max(config.num_workers, 1):
             workers = f"{world_size} ranks with num_workers={config.num_workers}"
             print(f"WARNING: {records} records for {workers}: records will repeat", flush=True)
-
-    @property
-    def position(self) -> int:
-        """Samples of the stream that were packed or dropped, on all ranks."""
-        return sum(self.planner.draws) - len(self.planner.buffer)
 
     @property
     def too_long(self) -> int:
@@ -149,7 +142,7 @@ class PackedLoader:
 
     def state_dict(self) -> dict[str, Any]:
         sets = [[d.name, len(d.records)] for d in self.planner.datasets]
-        damaged = Tally(self.damaged.found).found
+        damaged = copy.deepcopy(self.damaged.found)
         own = {"datasets": sets, "settings": {**self.planner.settings}}
         return own | self.planner.state() | {"damaged": damaged}
 

@@ -140,8 +140,7 @@ class Packer:
     def num_tokens(self) -> int:
         return len(self.positions)
 
-    def add(self, sample: Sample, generator: torch.Generator, answer_weight: float = 1.0) -> None:
-        """Packs one sample; `answer_weight` weighs its labels in the cross-entropy."""
+    def add(self, sample: Sample, generator: torch.Generator) -> None:
         before, position, text_dropped = self.num_tokens, 0, False
         for segment in sample.segments:
             is_text = isinstance(segment, TextSegment)
@@ -164,7 +163,7 @@ class Packer:
                 position += offsets[-1] + 1
         labels = len(self.labels) - len(self.label_weights)
         weight = labels**-0.5 if labels and self.config.ce_loss_reweighting else 1.0
-        self.label_weights += [answer_weight * weight] * labels
+        self.label_weights += [weight] * labels
         if self.num_tokens > before:
             self.sample_lens.append(self.num_tokens - before)
 

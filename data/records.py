@@ -28,7 +28,7 @@ class Form:
     """Whether an image is made from another, so that both must be scaled alike."""
 
 
-RESTORATION = Form()
+DEFAULT_FORM = Form()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +56,6 @@ class Record:
     """The line as it was, with what else it says (`main_task_type`, `degrade_type`)."""
 
     @property
-    def input_image(self) -> str:
-        """Path of the first input image, relative to the data set's folder."""
-        return self.inputs[0].path
-
-    @property
-    def output_image(self) -> str | None:
-        """Of the first output image, if there is any."""
-        return self.outputs[0].path if self.outputs else None
-
-    @property
     def instruction(self) -> str:
         """The last human message without its image tags."""
         return self._last("human") or ""
@@ -80,7 +70,7 @@ class Record:
         return said[-1].replace(IMAGE_TAG, "").strip() if said else None
 
 
-def parse_record(line: str | bytes, source: str, form: Form = RESTORATION) -> Record:
+def parse_record(line: str | bytes, source: str, form: Form = DEFAULT_FORM) -> Record:
     """Raises RecordError when the line is no JSON object or a field is missing or misshapen."""
     try:
         raw = json.loads(line)
@@ -94,7 +84,7 @@ def parse_record(line: str | bytes, source: str, form: Form = RESTORATION) -> Re
     return record_of(raw, source, form)
 
 
-def record_of(raw: Mapping[str, Any], source: str, form: Form = RESTORATION) -> Record:
+def record_of(raw: Mapping[str, Any], source: str, form: Form = DEFAULT_FORM) -> Record:
     """Raises RecordError when a field that the form names is missing or misshapen."""
     inputs, outputs, messages = (
         _entries(raw, getattr(form, part), part in form.needs, source, read)

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 from skimage.metrics import structural_similarity
 
-from .images import to_uint8
+from .images import to_image
 from .transforms import ResizeRule
 
 PSNR_OF_EQUAL_IMAGES = 999.99
@@ -43,11 +43,11 @@ def scores(image: Image.Image, truth: Image.Image, kind: str = "") -> dict[str, 
 def references(
     degraded: Image.Image, truth: Image.Image, rule: ResizeRule, size: tuple[int, int]
 ) -> tuple[Image.Image, Image.Image]:
-    """The degraded and the true image at the (width, height) of a restoration.
+    """The degraded and the true image, 8-bit RGB, at the (width, height) of a restoration.
 
     The truth passes the rule that the model's images pass, then both are resampled.
     """
-    through_rule = Image.fromarray(to_uint8(rule(truth)))
+    through_rule = to_image(rule(truth))
     return (
         degraded.resize(size, Image.Resampling.NEAREST),
         through_rule.resize(size, Image.Resampling.BICUBIC),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .files import Place, files_of, open_binary
-from .records import RESTORATION, Form, Record, RecordError, parse_record, record_of
+from .records import DEFAULT_FORM, Form, Record, RecordError, parse_record, record_of
 
 BLOCK_BYTES = 2**24
 HELD_BYTES = 2**28
@@ -27,7 +27,7 @@ class JsonlRecords:
     """
 
     def __init__(
-        self, path: Place, form: Form = RESTORATION, used: int = 0, shuffle_seed: int | None = None
+        self, path: Place, form: Form = DEFAULT_FORM, used: int = 0, shuffle_seed: int | None = None
     ) -> None:
         """Takes the first `used` lines (0: all), after a shuffle if that has a seed."""
         self.path, self.form = path, form
@@ -40,18 +40,19 @@ class JsonlRecords:
         starts, numbers = starts[: used or None], numbers[: used or None]
         if not len(starts):
             raise RecordError(f"{path}:1: no record in the file")
-        self.index = torch.from_numpy(starts), torch.from_numpy(numbers)
+        self.starts, self.numbers = torch.from_numpy(starts), torch.from_numpy(numbers)
+        self.index = self.starts, self.numbers
 
     def __len__(self) -> int:
-        return len(self.index[0])
+        return len(self.starts)
 
     def __getitem__(self, index: int) -> Record:
         self._file = self._file or open_binary(self.path)
-        self._file.seek(int(self.index[0][index]))
+        self._file.seek(int(self.starts[index]))
         return parse_record(self._file.readline(), self.source(index), self.form)
 
     def source(self, index: int) -> str:
-        return f"{self.path}:{int(self.index[1][index])}"
+        return f"{self.path}:{int(self.numbers[index])}"
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_file": None}
@@ -101,7 +102,7 @@ class ParquetRecords:
 
     index: tuple[Tensor, ...] = ()
 
-    def __init__(self, path: Place, form: Form = RESTORATION, used: int = 0) -> None:
+    def __init__(self, path: Place, form: Form = DEFAULT_FORM, used: int = 0) -> None:
         self.path, self.form = path, form
         self.files = files_of(path, ".parquet")[: used or None]
         self._groups: list[tuple[int, int]] = []

@@ -9,6 +9,7 @@ What a record or the header of its image shows to be useless never enters a pack
 shows is left out of its pack by the rank that has it, and the plan stays as it is.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -137,24 +138,13 @@ class Planner:
         weights: list[float] = []
         mandatory: list[range] = []
         for number, group in enumerate(mixture, 1):
-            task = group.make_task(tokenizer)
-            task.require_strides(packing.latent_stride, packing.vit_patch_size)
+            first, task = len(self.datasets), group.make_task(tokenizer)
             own = asdict(group) | {
                 "task": type(task).__name__,
                 "datasets": [dataset.weight for dataset in group.datasets],
             }
             settings |= {f"group {number}: {key}": value for key, value in own.items()}
-            first = len(self.datasets)
-            for dataset in group.datasets:
-                seed = config.data_seed + len(self.datasets)
-                records = group.open_records(dataset)
-                self.datasets.append(Dataset(dataset, records, task, packing, seed))
-            # A group's share is its weight; inside, a record's chance is the weight of its set.
-            sizes = [
-                dataset.weight * len(opened.records)
-                for dataset, opened in zip(group.datasets, self.datasets[first:], strict=True)
-            ]
-            weights += [group.weight * size / sum(sizes) for size in sizes]
+            weights += self._open_group(group, task)
             if group.is_mandatory:
                 mandatory.append(range(first, len(self.datasets)))
         share([tensor for d in self.datasets for tensor in (d.lengths, *d.records.index)])
@@ -169,6 +159,17 @@ class Planner:
         self.draws, self.packed = [0] * len(weights), [0] * len(weights)
         self.skipped = Tally.of(len(weights))
         self.buffer: list[Draw] = []
+
+    def _open_group(self, group: GroupConfig, task: Task) -> list[float]:
+        """Adds its data sets; their weights in the mixture."""
+        task.require_strides(self.packing.latent_stride, self.packing.vit_patch_size)
+        sizes: list[float] = []
+        for dataset in group.datasets:
+            seed, records = self.config.data_seed + len(self.datasets), group.open_records(dataset)
+            self.datasets.append(Dataset(dataset, records, task, self.packing, seed))
+            sizes.append(dataset.weight * len(records))
+        # A group's share is its weight; inside, a record's chance is the weight of its set.
+        return [group.weight * size / sum(sizes) for size in sizes]
 
     def _shares_of(self, sets: range) -> np.ndarray:
         kept = np.where(np.isin(np.arange(len(self.shares)), sets), self.shares, 0)
@@ -234,7 +235,7 @@ class Planner:
         return {
             "draws": [*self.draws],
             "packed": [*self.packed],
-            "skipped": Tally(self.skipped.found).found,
+            "skipped": copy.deepcopy(self.skipped.found),
             "buffer": [list(draw) for draw in self.buffer],
         }
 
@@ -255,27 +256,29 @@ class Planner:
         for place in waiting:
             if self.buffer[place].tokens <= room:
                 return [self.buffer.pop(place)]
-        if waiting if mandatory else len(self.buffer) > config.max_buffer_size:
+        # A group whose own samples wait for room draws no further one.
+        closed = bool(waiting) if mandatory else len(self.buffer) > config.max_buffer_size
+        if closed:
             return []
         while skipped < MAX_SKIPPED_IN_A_ROW:
             found = self._draw(shares)
-            fits = isinstance(found, Draw) and found.tokens <= room
-            full = isinstance(found, Draw) and len(self.buffer) >= config.max_buffer_size
+            if isinstance(found, Bad):
+                self.draws[found.dataset] += 1
+                self.skipped.add(found)
+                skipped += 1
+                continue
+            fits, full = found.tokens <= room, len(self.buffer) >= config.max_buffer_size
             if full and not fits and not self.mandatory:
                 return []
             self.draws[found.dataset] += 1
-            if isinstance(found, Bad):
-                self.skipped.add(found)
-                skipped += 1
-            elif fits:
+            if fits:
                 return [found]
-            else:
-                self.buffer.append(found)
-                skipped = 0
-                # After a mandatory sample it would not be the next again, but another one: it
-                # waits too, or long ones would be drawn less often than their share.
-                if mandatory or full:
-                    return []
+            self.buffer.append(found)
+            skipped = 0
+            # After a mandatory sample it would not be the next again, but another one: it waits
+            # too, or long ones would be drawn less often than their share.
+            if mandatory or full:
+                return []
         raise ValueError(f"{skipped} samples in a row cannot be used; the last: {found[-1]}")
 
     def _draw(self, shares: np.ndarray) -> Draw | Bad:

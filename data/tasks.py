@@ -106,16 +106,16 @@ class Task(ABC):
     def segments(self, record: Record, look: Look, choice: Random) -> list[Segment]:
         """Raises RecordError when the record does not suit the task."""
 
-    def _text(self, words: str, droppable: bool = False, answer: bool = False) -> TextSegment:
+    def text(self, words: str, droppable: bool = False, answer: bool = False) -> TextSegment:
         return TextSegment(ids=self.tokenizer.encode(words), droppable=droppable, answer=answer)
 
-    def _vit(self, image: Picture, droppable: bool = False) -> VitSegment:
+    def vit(self, image: Picture, droppable: bool = False) -> VitSegment:
         return VitSegment(image_pm1=_resized(self.vit_rule, image), droppable=droppable)
 
     def _seen(self, image: Picture, droppable: bool) -> list[Segment]:
         """An image as latents, again as ViT patches."""
         latents = VaeSegment(image_pm1=_resized(self.vae_rule, image), droppable=droppable)
-        return [latents, self._vit(image, droppable)]
+        return [latents, self.vit(image, droppable)]
 
     def _target(self, image: Picture) -> VaeSegment:
         return VaeSegment(image_pm1=_resized(self.vae_rule, image), target=True)
@@ -134,7 +134,7 @@ class RestorationTask(Task):
         self, degraded: Picture, instruction: str, droppable: bool = False
     ) -> list[Segment]:
         """The degraded image as latents, again as ViT patches, then the instruction."""
-        return [*self._seen(degraded, droppable), self._text(instruction, droppable)]
+        return [*self._seen(degraded, droppable), self.text(instruction, droppable)]
 
     def segments(self, record: Record, look: Look, choice: Random) -> list[Segment]:
         """Context, then the assessment as an answer (if the record has one), the clean image. The
@@ -144,7 +144,7 @@ class RestorationTask(Task):
         segments = self.context(degraded, record.instruction, droppable=True)
         if record.assessment:
             # Guidance takes its image without texts from the input alone.
-            answer = self._text(record.assessment, answer=True)
+            answer = self.text(record.assessment, answer=True)
             segments.append(replace(answer, with_text=True))
         return [*segments, self._target(clean)]
 
@@ -160,10 +160,10 @@ class CounterfactualTask(Task):
         said = (
             text.replace(IMAGE_TAG, "").strip() for who, text in record.messages if who != "gpt"
         )
-        asked = [self._text(text, droppable=True) for text in said if text]
+        asked = [self.text(text, droppable=True) for text in said if text]
         segments = [*self._seen(given, droppable=True), *asked, self._target(target)]
         if record.assessment:
-            segments.append(self._text(record.assessment, answer=True))
+            segments.append(self.text(record.assessment, answer=True))
         return segments
 
 
@@ -177,7 +177,7 @@ class TextToImageTask(Task):
 
     def segments(self, record: Record, look: Look, choice: Random) -> list[Segment]:
         caption = choice.choice(self._captions(record))
-        return [self._text(caption, droppable=True), self._target(look(record.outputs[0]))]
+        return [self.text(caption, droppable=True), self._target(look(record.outputs[0]))]
 
     def _captions(self, record: Record) -> list[str]:
         found: Any = record.raw.get("captions", record.raw.get("caption", record.instruction))
@@ -185,8 +185,8 @@ class TextToImageTask(Task):
             # Else it is a text that begins so: `[CT] axial slice`.
             with suppress(ValueError, RecursionError):
                 found = json.loads(found)
-        values = found.values() if isinstance(found, dict) else found
-        captions = [found] if isinstance(found, str) else [v for v in values or () if v]
+        values = list(found.values()) if isinstance(found, dict) else found
+        captions = [v for v in values if v] if isinstance(values, list) else [values]
         if not any(captions) or not all(isinstance(caption, str) for caption in captions):
             raise RecordError(f"{record.source}: text to image needs captions or a human message")
         return captions
@@ -205,13 +205,13 @@ class VlmTask(Task):
     def _conversation(self, record: Record, images: list[Picture]) -> list[Segment]:
         tags = require_tags(record)
         left = iter(images)
-        segments: list[Segment] = [] if tags else [self._vit(image) for image in left]
+        segments: list[Segment] = [] if tags else [self.vit(image) for image in left]
         for who, text in record.messages:
             for place, part in enumerate(text.split(IMAGE_TAG)):
                 if place:
-                    segments.append(self._vit(next(left)))
+                    segments.append(self.vit(next(left)))
                 if part.strip():
-                    segments.append(self._text(part.strip(), answer=who == "gpt"))
+                    segments.append(self.text(part.strip(), answer=who == "gpt"))
         if not any(isinstance(s, TextSegment) and s.answer for s in segments):
             raise RecordError(f"{record.source}: the conversation holds no answer from `gpt`")
         return segments
@@ -249,7 +249,8 @@ class EditSequenceTask(Task):
 
     def segments(self, record: Record, look: Look, choice: Random) -> list[Segment]:
         steps: Any = record.raw.get("instruction_list")
-        images, ways = len(record.inputs), [_texts(step) for step in steps or ()]
+        ways = [_texts(step) for step in steps] if isinstance(steps, list) else []
+        images = len(record.inputs)
         if images < 2 or len(ways) != images - 1 or not all(ways):
             raise RecordError(
                 f"{record.source}: {images} images in image_list need one entry less, of texts, in "
@@ -259,7 +260,7 @@ class EditSequenceTask(Task):
         last = choice.randint(first + 1, min(first + self.longest, images - 1))
         given, target = look(record.inputs[first]), look(record.inputs[last])
         self._require_sizes(record, given, target)
-        told = [self._text(choice.choice(way), droppable=True) for way in ways[first:last]]
+        told = [self.text(choice.choice(way), droppable=True) for way in ways[first:last]]
         return [*self._seen(given, droppable=True), *told, self._target(target)]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
+from PIL import Image
 
 MAX_PIXELS = 20_000_000
 """Larger images are refused before they are decoded."""
@@ -31,8 +32,10 @@ COLOURS = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_I
 DISPLAY = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
 """Which of the axes right, anterior, superior are slices, rows and columns."""
 # What readers raise over damaged files.
-DAMAGE = (OSError, EOFError, SyntaxError, ValueError, TypeError, AttributeError, LookupError) + (
-    (RuntimeError, ArithmeticError, MemoryError, struct.error, zlib.error)
+DAMAGE = (
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, AttributeError, LookupError),
+    *(RuntimeError, ArithmeticError, MemoryError, struct.error, zlib.error),
+    Image.DecompressionBombError,
 )
 FAULTS_OF_FILES = {None, ENOENT, ENOTDIR, EISDIR, EINVAL, ELOOP, ENAMETOOLONG}
 """Numbers of OSErrors that every process gets for the same file."""
@@ -97,12 +100,15 @@ def named_errors(path: str | Path | BinaryIO, *others: type[Exception]) -> Itera
 
 
 def require_size(*shape: int) -> None:
-    """Raises ValueError for an image (H, W) or a volume (slices, H, W) empty or too large."""
+    """Of an image (H, W) or a volume (slices, H, W). Raises ValueError where it is empty,
+    Image.DecompressionBombError where it is too large."""
     limits = (shape[-2:], MAX_PIXELS, "pixels"), (shape, MAX_VOXELS, "voxels")
     for sides, limit, what in limits:
-        if min(sides) < 1 or prod(sides) > limit:
-            fault = "empty" if min(sides) < 1 else f"more than {limit} {what}"
-            raise ValueError(f"{'x'.join(map(str, sides[::-1]))} is {fault}")
+        size = "x".join(map(str, sides[::-1]))
+        if min(sides) < 1:
+            raise ValueError(f"{size} is empty")
+        if prod(sides) > limit:
+            raise Image.DecompressionBombError(f"{size} is more than {limit} {what}")
 
 
 def _package(name: str) -> Any:
@@ -127,7 +133,7 @@ def dicom_header(path: str | Path | BinaryIO) -> Any:
 
 
 def _count_frames(dataset: Any, files: int = 1) -> int:
-    """Raises ValueError where there is no image, or too large a one for so many files."""
+    """Of one of so many files. Raises ValueError without an image, and as `require_size` does."""
     if "Rows" not in dataset:
         raise ValueError("a DICOM file without an image, or none at all")
     count = int(dataset.get("NumberOfFrames") or 1)

@@ -18,7 +18,7 @@ import torch
 
 from modeling.bagel.generation import SamplingConfig, TextConfig
 
-from .metrics import KINDS, METRICS, PROTOCOLS, describe
+from .metrics import ALWAYS, KINDS, METRICS, PROTOCOLS, describe, prefixes
 from .restorer import PromptStyle, Restorer, Rules
 from .runner import RunConfig, identity, run
 from .shards import Processes, join, leave
@@ -57,7 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--prompt_style", choices=get_args(PromptStyle), default="trained")
     add("--num_samples", type=int, default=-1, help="first N; -1 takes all")
     add("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS[:1])
-    add("--metrics", nargs="+", choices=METRICS, default=METRICS[:2])
+    add("--metrics", nargs="+", choices=METRICS, default=ALWAYS)
     add("--lpips_weights", type=Path, help="safetensors file: LPIPS is measured too")
     args = parser.parse_args(argv)
     for name in ("protocols", "metrics", "cfg_interval"):
@@ -143,13 +143,12 @@ def _load(
 
 def _print(statistics: dict[str, Any], protocols: tuple[str, ...]) -> None:
     """PSNR and SSIM of every task by every protocol, floor and ceiling beside them."""
-    for i, protocol in enumerate(protocols):
+    for protocol, prefix in prefixes(protocols).items():
         print(f"protocol {describe(protocol)}")
-        prefix = f"{protocol}:" if i else ""
         for task, summary in statistics["by_task_type"].items():
             found = f"{summary['total_samples']} samples, {summary['n_failed']} failed"
             for kind in KINDS:
-                psnr, ssim = (summary.get(f"{prefix}{n}{kind}_mean") for n in ("psnr", "ssim"))
+                psnr, ssim = (summary.get(f"{prefix}{n}{kind}_mean") for n in ALWAYS)
                 if ssim is not None:
                     shown = "-" if psnr is None else f"{psnr:.2f}"
                     found += f", {kind.strip('_') or 'restored'} {shown}/{ssim:.3f}"

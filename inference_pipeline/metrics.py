@@ -6,7 +6,6 @@ nothing, so 8-bit values give what float images in [0, 1] give. `standard` is SS
 2004 define it. MS-SSIM (Wang et al. 2003) takes nothing of a protocol but the data range.
 """
 
-import difflib
 import warnings
 from collections.abc import Collection, Iterable
 from functools import partial
@@ -15,9 +14,8 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from data.config import nearest
 from data.scores import PEAK, psnr_db, rgb_arrays, ssim
-from data.scores import PSNR_OF_EQUAL_IMAGES as PSNR_OF_EQUAL_IMAGES
-from data.scores import scores as scores
 
 from .text_metrics import TEXT_PROTOCOLS
 
@@ -36,7 +34,9 @@ _DESCRIPTIONS = {
 }
 PROTOCOLS = tuple(_DESCRIPTIONS)
 PROTOCOL = PROTOCOLS[0]
-METRICS = ("psnr", "ssim", "ms_ssim")
+ALWAYS = ("psnr", "ssim")
+"""What every run measures."""
+METRICS = (*ALWAYS, "ms_ssim")
 KINDS = ("", "_input", "_bicubic", "_ceiling")
 """Suffixes of a metric: the restoration, and what it is held against."""
 
@@ -49,9 +49,7 @@ def describe(protocol: str) -> str:
 def known(name: str, names: Collection[str], what: str) -> str:
     """`name`, when it is one of `names`; else a ValueError that says the nearest."""
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-        raise ValueError(f"{what} {name!r} is unknown: {hint}")
+        raise ValueError(f"{what} {name!r} is unknown: {nearest(name, names)}")
     return name
 
 
@@ -70,12 +68,12 @@ def measure(
     image: Image.Image,
     truth: Image.Image,
     protocol: str = PROTOCOL,
-    metrics: Iterable[str] = ("psnr", "ssim"),
+    metrics: Iterable[str] = ALWAYS,
     kind: str = "",
 ) -> dict[str, float]:
     """`<metric><kind>` -> number, for two RGB images of one size.
 
-    Equal images have the PSNR `PSNR_OF_EQUAL_IMAGES`. `ms_ssim` is left out, with one warning,
+    Equal images have the PSNR PSNR_OF_EQUAL_IMAGES. `ms_ssim` is left out, with one warning,
     where a side is too short for its scales. Raises ValueError for unknown names, a side shorter
     than the window, sizes that differ, and a truth of one value, which has no range for `amir`.
     """
@@ -108,7 +106,7 @@ def measure_all(
     image: Image.Image,
     truth: Image.Image,
     protocols: Iterable[str],
-    metrics: Collection[str] = ("psnr", "ssim"),
+    metrics: Collection[str] = ALWAYS,
     kind: str = "",
 ) -> dict[str, float]:
     """`measure` by several protocols, named as in `number_names`."""

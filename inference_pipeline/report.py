@@ -21,16 +21,8 @@ import numpy as np
 from PIL import Image
 
 from .metrics import PROTOCOLS, describe
-from .results import (
-    RESULTS,
-    STATISTICS,
-    ResultsError,
-    command,
-    read_results,
-    read_settings,
-    read_statistics,
-)
-from .summary import same_sample
+from .results import RESULTS, ResultsError, command, read_results, read_settings, read_statistics
+from .summary import input_paths, same_sample
 from .text_metrics import TEXT_PROTOCOLS
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -53,17 +45,10 @@ class Run:
     results: dict[int, Json]
     """By sample id."""
 
-    @property
-    def name(self) -> str:
-        return self.settings["model_id"]
-
-    @property
-    def split(self) -> str:
-        return self.settings["split"]
-
     def beside(self, other: "Run") -> bool:
         """Whether numbers may stand side by side: one name, samples of one name and content."""
-        same = (self.split, self.results.keys()) == (other.split, other.results.keys())
+        same = self.settings["split"] == other.settings["split"]
+        same = same and self.results.keys() == other.results.keys()
         return same and all(same_sample(r, other.results[i]) for i, r in self.results.items())
 
     def ranked(self) -> dict[str, list[int]]:
@@ -78,7 +63,7 @@ class Run:
 def find_runs(folders: list[Path]) -> list[Run]:
     """The result folders among `folders` and below them, each once.
 
-    Raises ResultsError where there is none, or where one has not come to its end.
+    Raises ResultsError where there is none, and as `read_run` does.
     """
     found: dict[Path, Run] = {}
     for folder in folders:
@@ -86,14 +71,12 @@ def find_runs(folders: list[Path]) -> list[Run]:
         if not places:
             raise ResultsError(f"{folder}: neither {RESULTS} there nor in a folder below it")
         for place in places:
-            if not (place / STATISTICS).exists():
-                raise ResultsError(f"{place}: no {STATISTICS}: let the batch inference finish")
             found.setdefault(place.resolve(), read_run(place))
     return [*found.values()]
 
 
 def read_run(folder: Path) -> Run:
-    """Raises ResultsError that names the file and the line."""
+    """Raises ResultsError that names the file and the line, FileNotFoundError for a file."""
     results = {result["sample_id"]: result for result in read_results(folder)}
     return Run(folder, read_settings(folder), read_statistics(folder), results)
 
@@ -184,7 +167,7 @@ def samples(tests: list[list[int]], runs: list[Run], album: Album, white: float)
 def _description(result: Json) -> Json:
     return {
         "sample_id": result["sample_id"],
-        "input": (result.get("input_img") or [{}])[0].get("path"),
+        "input": next(iter(input_paths(result)), None),
         "degradation": result.get("degrade_type"),
         "error": result.get("error"),
     }
@@ -209,10 +192,10 @@ def page_data(runs: list[Run], white: float, max_bytes: int) -> Json:
         "left_out": album.left_out,
         "images": album.uris,
         "protocols": {p: f"protocol {describe(p)}" for p in PROTOCOLS} | TEXT_PROTOCOLS,
-        "tests": [{"split": runs[members[0]].split, "runs": members} for members in sets],
+        "tests": [{"split": runs[ids[0]].settings["split"], "runs": ids} for ids in sets],
         "runs": [
             {
-                "name": run.name,
+                "name": run.settings["model_id"],
                 "folder": str(run.folder),
                 "step": run.settings.get("step"),
                 "protocols": run.settings["protocols"],

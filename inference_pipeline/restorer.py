@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.config import RULES
-from data.images import to_uint8
-from data.packer import Segment, TextSegment, VitSegment
-from data.tasks import RestorationTask, Size, filled
+from data.images import to_image
+from data.packer import Segment, TextSegment
+from data.records import Size
+from data.tasks import RestorationTask, filled
 from data.tokenizer import Tokenizer
-from data.transforms import ResizeRule
+from data.transforms import RULES, ResizeRule
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.context import Context
 from modeling.bagel.generation import (
@@ -148,7 +148,7 @@ class Restorer:
         """Assesses an image, then restores it with the assessment in context, as trained.
 
         `size` (width, height) is that of the image to draw before the resize rule, for a larger
-        one than the input. Raises ValueError for an empty instruction.
+        one than the input. Raises ValueError for an empty instruction, and as `generate` does.
         """
         sizes = [size] if size else None
         return _only(self.restorations([(image, instruction)], sampling, text, seed, sizes=sizes))
@@ -166,33 +166,29 @@ class Restorer:
         """(index, result) of images with their instructions, as they finish.
 
         `sizes` (width, height) are those of the images to draw, before the resize rule; the inputs'
-        own without them.
+        own without them. Raises as `restore` does.
         """
         sampling, text = sampling or SamplingConfig(), text or TextConfig()
-        kept = list(pairs)
+        kept, assessed = list(pairs), dict[int, str]()
+        if prompt_style == "origin":
+            questions = (([image], words) for image, words in kept)
+            assessed = dict(self.answers(questions, text, seed, batch_size))
 
-        def request(i: int, words: str, text: TextConfig | None) -> Request:
-            image = kept[i][0]
+        def request(i: int) -> Request:
+            image, words = kept[i]
             size = self.task.vae_rule.size(*(sizes[i] if sizes else image.size))
-            prompt = self.task.context(image, _stated(words))
-            return Request(prompt=prompt, text=text, sampling=sampling, size=size, seed=seed)
+            words = f"{words}\n\n{assessed[i]}".rstrip() if assessed else words
+            prompt, decoded = self.task.context(image, _stated(words)), None if assessed else text
+            return Request(prompt=prompt, text=decoded, sampling=sampling, size=size, seed=seed)
 
-        if prompt_style == "trained":
-            requests = (request(i, words, text) for i, (_, words) in enumerate(kept))
-            for i, reply in self.generate(requests, batch_size):
-                yield i, Restoration(_drawn(reply), reply.text)
-            return
-        questions = (([image], words) for image, words in kept)
-        assessed = dict(self.answers(questions, text, seed, batch_size))
-        joined = (f"{words}\n\n{assessed[i]}".rstrip() for i, (_, words) in enumerate(kept))
-        requests = (request(i, words, None) for i, words in enumerate(joined))
-        for i, reply in self.generate(requests, batch_size):
-            yield i, Restoration(_drawn(reply), assessed[i])
+        for i, reply in self.generate(map(request, range(len(kept))), batch_size):
+            yield i, Restoration(_drawn(reply), assessed.get(i, reply.text))
 
     def assess(
         self, image: Image.Image, instruction: str, text: TextConfig | None = None, seed: int = 42
     ) -> str:
-        """What is wrong with an image, in the words of the training data."""
+        """What is wrong with an image, in the words of the training data. Raises ValueError for an
+        empty instruction."""
         prompt = self.task.context(image, _stated(instruction))
         request = Request(prompt=prompt, text=text or TextConfig(), seed=seed)
         return _only(self.generate([request])).text
@@ -205,10 +201,11 @@ class Restorer:
         seed: int = 42,
         think: TextConfig | None = None,
     ) -> Restoration:
-        """The image changed as told, without assessment; with `think` after reasoning in text."""
+        """The image changed as told, without assessment; with `think` after reasoning in text.
+        Raises as `restore` does."""
         prompt = self.task.context(image, _stated(instruction))
         if think:
-            prompt = [self._text(THINK), *prompt]
+            prompt = [self.task.text(THINK), *prompt]
         request = Request(
             prompt=prompt,
             text=think,
@@ -227,7 +224,7 @@ class Restorer:
         seed: int = 42,
         think: bool = False,
     ) -> str:
-        """A text about any number of images, which the ViT alone reads."""
+        """A text about any number of images, which the ViT alone reads. Raises as `answers`."""
         return _only(self.answers([(images, question)], text, seed, think=think))
 
     def answers(
@@ -238,12 +235,13 @@ class Restorer:
         batch_size: int = 1,
         think: bool = False,
     ) -> Iterator[tuple[int, str]]:
-        """(index, text) as they finish; a finished one makes room for the next at once."""
+        """(index, text) as they finish; a finished one makes room for the next at once. Raises
+        ValueError for an empty question."""
 
         def request(images: Sequence[Image.Image], question: str) -> Request:
-            prompt: list[Segment] = [self._text(THINK)] if think else []
-            prompt += [VitSegment(image_pm1=self.task.vit_rule(image)) for image in images]
-            prompt.append(self._text(_stated(question, "question")))
+            prompt: list[Segment] = [self.task.text(THINK)] if think else []
+            prompt += [self.task.vit(image) for image in images]
+            prompt.append(self.task.text(_stated(question, "question")))
             return Request(prompt=prompt, text=text or TextConfig(), seed=seed)
 
         for i, reply in self.generate((request(*q) for q in questions), batch_size):
@@ -254,7 +252,7 @@ class Restorer:
         """The autoencoder's reconstruction of an image: the ceiling of any restoration."""
         image_pm1: Tensor = self.task.vae_rule(image).to(self.model.device)
         latent = self.model.encode_images([image_pm1])[0]
-        return Image.fromarray(to_uint8(self.model.vae.decode(latent[None])[0]))
+        return to_image(self.model.vae.decode(latent[None])[0])
 
     # How it is computed.
 
@@ -264,7 +262,8 @@ class Restorer:
     ) -> Iterator[tuple[int, Reply]]:
         """(index, reply) of any mixture of requests, as they finish.
 
-        Up to `batch_size` texts are decoded and as many images sampled at a time.
+        Up to `batch_size` texts are decoded and as many images sampled at a time. Raises
+        ValueError for an image that is not finite.
         """
         opened: dict[int, _Open] = {}
         ready: dict[int, _Open] = {}
@@ -299,15 +298,12 @@ class Restorer:
     def _context(self) -> Context:
         return Context(self.model, self.task.tokenizer.special)
 
-    def _text(self, words: str) -> TextSegment:
-        return TextSegment(ids=self.task.tokenizer.encode(words))
-
     def _sampled(self, entries: dict[int, _Open]) -> Iterator[tuple[int, Reply]]:
         images = generate_images([self._image_job(entry) for entry in entries.values()])
         for (i, entry), image in zip(entries.items(), images, strict=True):
             if not image.isfinite().all():
                 raise ValueError("the restored image is not finite: look at weights and guidance")
-            yield i, self._reply(entry, Image.fromarray(to_uint8(image)))
+            yield i, self._reply(entry, to_image(image))
 
     def _image_job(self, entry: _Open) -> ImageJob:
         request, sampling = entry.request, entry.request.sampling or SamplingConfig()

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from modeling.pretrained import MANIFEST, LoadReport
 
 from .metrics import PROTOCOL
@@ -42,15 +44,15 @@ def digest(*contents: bytes) -> str:
     return hashlib.sha256(parts).hexdigest()[:16]
 
 
-def mark_of(report: LoadReport) -> str:
-    """What tells a checkpoint from others: its weights and what is in its folder, by the manifest's
-    digests, without which sizes and times of the files stand in for their content."""
-    folder = Path(report.folder)
-    if (manifest := folder / MANIFEST).exists():
-        return f"{report.weights} {digest(manifest.read_bytes())}"
+def mark_of(report: LoadReport, dtype: torch.dtype) -> dict[str, Any]:
+    """Settings that tell a model from others: its weights and what is in its folder, by the
+    manifest's digests, without which sizes and times of the files stand in for their content."""
+    folder, manifest = Path(report.folder), Path(report.folder, MANIFEST)
     stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
-    stamps = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
-    return f"{report.weights} {digest('; '.join(stamps).encode())}"
+    stamps = "; ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
+    mark = digest(manifest.read_bytes() if manifest.exists() else stamps.encode())
+    named = {"checkpoint": f"{report.weights} {mark}"}
+    return named | {"dtype": str(dtype).removeprefix("torch.")}
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:

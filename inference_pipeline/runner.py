@@ -29,7 +29,7 @@ from data.scores import references
 from data.tasks import open_pair, require_sizes
 from modeling.bagel.generation import SamplingConfig, TextConfig
 
-from .metrics import PROTOCOL, measure_all
+from .metrics import ALWAYS, PROTOCOL, measure_all
 from .perceptual import Lpips
 from .restorer import PromptStyle, Restoration, Restorer
 from .results import (
@@ -70,7 +70,7 @@ class RunConfig:
     prompt_style: PromptStyle = "trained"
     protocols: tuple[str, ...] = (PROTOCOL,)
     """The first one's numbers have plain names."""
-    metrics: tuple[str, ...] = ("psnr", "ssim")
+    metrics: tuple[str, ...] = ALWAYS
     lpips_weights: Path | None = None
     """With a file, LPIPS is measured too."""
 
@@ -79,7 +79,7 @@ class RunConfig:
             raise ValueError(f"batch_size={self.batch_size} is less than 1")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} is not in [0, 2^63)")
-        if missing := {"psnr", "ssim"} - {*self.metrics}:
+        if missing := {*ALWAYS} - {*self.metrics}:
             raise ValueError(f"metrics: {sorted(missing)} are always measured: name them too")
 
 
@@ -95,30 +95,12 @@ def run(restorer: Restorer, config: RunConfig, processes: Processes = ALONE) -> 
     if not samples:
         raise ValueError(f"{config.annotation_file}: no sample")
 
-    lock = ExitStack()
-
-    def begin() -> dict[int, Result]:
-        folder = config.output_dir
-        lock.enter_context(_locked(folder))
-        if (folder / RESULTS).exists() and not (folder / SETTINGS).exists():
-            raise ResumeError(f"{folder}: results without {SETTINGS}: choose another --output_dir")
-        _claim_folder(restorer, config, [line.strip() for _, line in lines])
-        found = _merged(folder)
-        (folder / STATISTICS).unlink(missing_ok=True)  # until they are of all that is asked
-        # A failed sample is tried again in any case.
-        digests = {
-            i: sample.digest(config.image_root)
-            for i, sample in enumerate(samples)
-            if i in found and "error" not in found[i]
-        }
-        if away := [found[i]["input_img"] for i, images in digests.items() if not images]:
-            print(f"WARNING: the results of {len(away)} samples stay, whose images cannot be read:")
-            print(f"  the first is {away[0]} in {config.image_root}")
-        changed = {i for i, images in digests.items() if images not in ("", found[i]["images"])}
-        return {i: found[i] for i in range(len(samples)) if i in found and i not in changed}
-
-    with lock:
-        return _run(restorer, config, processes, samples, processes.first_says(begin))
+    contents = [line.strip() for _, line in lines]
+    with ExitStack() as held:
+        # By the first process alone, for all.
+        processes.first_says(lambda: held.enter_context(_locked(config.output_dir)))
+        done = processes.first_says(lambda: _finished(restorer, config, samples, contents))
+        return _run(restorer, config, processes, samples, done)
 
 
 @contextmanager
@@ -131,6 +113,29 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise ResumeError(f"{folder}: another run is at work in it") from error
         yield
+
+
+def _finished(
+    restorer: Restorer, config: RunConfig, samples: "list[_Sample]", lines: list[bytes]
+) -> dict[int, Result]:
+    """Claims the folder; the results in it that are still of the samples' images, by sample id."""
+    folder = config.output_dir
+    if (folder / RESULTS).exists() and not (folder / SETTINGS).exists():
+        raise ResumeError(f"{folder}: results without {SETTINGS}: choose another --output_dir")
+    _claim_folder(restorer, config, lines)
+    found = _merged(folder)
+    (folder / STATISTICS).unlink(missing_ok=True)  # until they are of all that is asked
+    # A failed sample is tried again in any case.
+    digests = {
+        i: sample.digest(config.image_root)
+        for i, sample in enumerate(samples)
+        if i in found and "error" not in found[i]
+    }
+    if away := [found[i]["input_img"] for i, images in digests.items() if not images]:
+        print(f"WARNING: the results of {len(away)} samples stay, whose images cannot be read:")
+        print(f"  the first is {away[0]} in {config.image_root}")
+    changed = {i for i, images in digests.items() if images not in ("", found[i]["images"])}
+    return {i: found[i] for i in range(len(samples)) if i in found and i not in changed}
 
 
 def _run(
@@ -177,9 +182,8 @@ def _claim_folder(restorer: Restorer, config: RunConfig, lines: list[bytes]) -> 
     """`claim` with everything that changes a result; files count by content, not by place."""
     folder, task = Path(restorer.report.folder), restorer.task
     model_id, step = identity(folder)
-    settings = asdict(config) | {
-        "checkpoint": mark_of(restorer.report),
-        "dtype": str(restorer.model.dtype).removeprefix("torch."),
+    settings = asdict(config) | mark_of(restorer.report, restorer.model.dtype)
+    settings |= {
         "model_id": model_id,
         "step": step,
         "test_set": digest(*lines),
@@ -228,18 +232,19 @@ def _merged(folder: Path) -> dict[int, Result]:
 
 @dataclass(frozen=True)
 class _Sample:
-    """One line of the test set, or why it is none."""
+    """One line of the test set."""
 
-    record: Record | None
+    record: Record | RecordError
+    """Or why it is none."""
     said: Mapping[str, Any]
     """Of the line, as far as it can be read."""
-    error: str = ""
     stem: str = ""
     """Of its images, relative to the output folder; no other sample has the same."""
 
     def digest(self, root: Path) -> str:
         """Of its images; empty where one cannot be read."""
-        refs = (*self.record.inputs, *self.record.outputs) if self.record else ()
+        record = self.record
+        refs = (*record.inputs, *record.outputs) if isinstance(record, Record) else ()
         try:
             return digest(*(read_bytes(within(root, ref.path)) for ref in refs))
         except (OSError, ValueError):
@@ -255,9 +260,9 @@ def _samples(lines: Sequence[tuple[str, bytes]]) -> list[_Sample]:
         except RecordError as error:
             with suppress(ValueError, RecursionError):  # so that its error counts for its task
                 said = json.loads(json.dumps(json.loads(line), ensure_ascii=False).encode())
-            samples.append(_Sample(None, said if isinstance(said, dict) else {}, _told(error)))
+            samples.append(_Sample(error, said if isinstance(said, dict) else {}))
             continue
-        name = Path(record.input_image)
+        name = Path(record.inputs[0].path)
         folder = Path("images", *(p for p in name.parent.parts if p not in ("/", "..")))
         stem = f"{folder}/{name.stem}"
         while stem in taken:  # another sample restores the same image
@@ -291,7 +296,7 @@ class _Batch:
             try:
                 pairs[i] = self._read(self.samples[i])
             except (ValueError, OSError) as error:
-                errors[i] = self.samples[i].error or _told(error)
+                errors[i] = _told(error)
         numbers: dict[int, Result] = {}
         for i, restoration, seconds in self._restorations(pairs, errors):
             try:
@@ -301,10 +306,10 @@ class _Batch:
         return [self._result(i, numbers.get(i), errors.get(i)) for i in unit]
 
     def _read(self, sample: _Sample) -> _Pair:
-        if sample.record is None:
-            raise RecordError(sample.error)
         record, root = sample.record, self.config.image_root
-        if record.output_image is None:
+        if isinstance(record, RecordError):
+            raise record
+        if not record.outputs:
             raise RecordError(f"{record.source}: output_img is missing: nothing to compare with")
         tags = sum(text.count(IMAGE_TAG) for who, text in record.messages if who == "human")
         if tags not in (0, len(record.inputs)):
@@ -327,19 +332,10 @@ class _Batch:
         ids, config, start = list(pairs), self.config, time.perf_counter()
         asked = [(pairs[i].degraded, pairs[i].record.instruction) for i in ids]
         sizes = [pairs[i].truth.size for i in ids]  # as targets are trained
-        batch_size = min(config.batch_size, len(ids))
+        batch = min(config.batch_size, len(ids))
+        settings = config.sampling, config.text, config.seed, batch, config.prompt_style
         try:
-            results = dict(
-                self.restorer.restorations(
-                    asked,
-                    config.sampling,
-                    config.text,
-                    config.seed,
-                    batch_size,
-                    config.prompt_style,
-                    sizes,
-                )
-            )
+            results = dict(self.restorer.restorations(asked, *settings, sizes))
         except (ValueError, RuntimeError, OSError) as error:
             if len(ids) == 1:
                 errors[ids[0]] = _told(error)
@@ -372,11 +368,14 @@ class _Batch:
             numbers |= text_numbers(restored.assessment, pair.record.assessment)
             numbers["reference_text"] = pair.record.assessment
         (config.output_dir / stem).parent.mkdir(parents=True, exist_ok=True)
-        saved = {"saved_input_img": "input", "saved_output_img": "GT", "pred_img": "pred"}
-        for kind, image in (("input", pair.degraded), ("GT", truth), ("pred", restored.image)):
-            image.save(config.output_dir / f"{stem}_{kind}.png")
+        for key, kind, image in (
+            ("saved_input_img", "input", pair.degraded),
+            ("saved_output_img", "GT", truth),
+            ("pred_img", "pred", restored.image),
+        ):
+            numbers[key] = f"{stem}_{kind}.png"
+            image.save(config.output_dir / numbers[key])
         return numbers | {
-            **{key: f"{stem}_{kind}.png" for key, kind in saved.items()},
             "prompt": pair.record.instruction,
             "understanding_text": restored.assessment,
             "inference_time": seconds,
@@ -385,7 +384,7 @@ class _Batch:
     def _result(self, i: int, numbers: Result | None, error: str | None) -> Result:
         sample, record = self.samples[i], self.samples[i].record
         copied: Result = {key: sample.said.get(key) for key in COPIED}
-        if record:
+        if isinstance(record, Record):
             # In one form, however the test set names them: samples are compared by these.
             for key, refs in (("input_img", record.inputs), ("output_img", record.outputs)):
                 copied[key] = [{"path": ref.path} for ref in refs]

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap, wilcoxon
 
-from .metrics import PROTOCOL, PSNR_OF_EQUAL_IMAGES, known, number_names
+from data.scores import PSNR_OF_EQUAL_IMAGES
+
+from .metrics import PROTOCOL, known, number_names
 
 Result = Mapping[str, Any]
 """One line of results.jsonl."""
@@ -98,14 +100,14 @@ def paired(a: Sequence[Result], b: Sequence[Result], number: str = "psnr") -> Pa
         found = [rows[i] for rows in (rows_a, rows_b) if i in rows]
         if len(found) == 2 and same_sample(*found):
             continue
-        one, other = (str(_inputs(rows[i])) if i in rows else "-" for rows in (rows_a, rows_b))
+        one, other = (str(input_paths(rows[i])) if i in rows else "-" for rows in (rows_a, rows_b))
         what = f"images of sample {i}, {one}, changed"
         what = what if one == other else f"sample {i} is {one} and {other}"
         raise ValueError(f"the test sets differ: {what}")
     pairs = [(rows_a[i], rows_b[i]) for i in rows_a]
     good = [pair for pair in pairs if not any("error" in r for r in pair)]
     numbers = {k for pair in good for r in pair for k, v in r.items() if isinstance(v, int | float)}
-    known(number, sorted(numbers), "number")
+    known(number, numbers, "number")
     measured = [pair for pair in good if any(number in r for r in pair)]
     if not all(number in r for pair in measured for r in pair):
         raise ValueError(f"{number} stands in one run alone: measure both by the same protocols")
@@ -130,10 +132,10 @@ def same_sample(a: Result, b: Result) -> bool:
     """Whether two results are of one sample, by names and content."""
     # Empty for images that could not be read, absent in folders of the users' scripts.
     images = {result["images"] for result in (a, b) if result.get("images")}
-    return _inputs(a) == _inputs(b) and len(images) < 2
+    return input_paths(a) == input_paths(b) and len(images) < 2
 
 
-def _inputs(result: Result) -> list[Any]:
+def input_paths(result: Result) -> list[Any]:
     """Paths of a sample's inputs, which the users' results name with their sizes, or alone."""
     refs = result.get("input_img")
     each = refs if isinstance(refs, list) else [refs]

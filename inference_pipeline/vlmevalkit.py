@@ -15,18 +15,20 @@ import argparse
 import ast
 import base64
 import csv
-import difflib
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from io import BytesIO
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from PIL import Image
-from rich.progress import track
+from rich.progress import Progress
 
+from data.config import nearest
+from data.files import NamedBytes
 from data.images import read_image
 from modeling.bagel.generation import TextConfig
 
@@ -54,11 +56,10 @@ def read_rows(path: Path) -> list[Row]:
             rows = list(csv.DictReader(file, dialect="excel-tab", restkey="", restval=""))
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: no table: {error}") from error
-    columns = rows[0] if rows else {}
+    columns = {*rows[0]} if rows else set()
     image = "image_path" if "image_path" in columns else "image"
-    for name in sorted({"index", "question", image} - columns.keys()):
-        near = difflib.get_close_matches(name, columns, n=1) or "nothing like it"
-        raise ValueError(f"{path}: no rows with a column {name!r}; there is {near}")
+    for name in sorted({"index", "question", image} - columns):
+        raise ValueError(f"{path}: no rows with a column {name!r}: {nearest(name, columns)}")
     return rows
 
 
@@ -72,7 +73,8 @@ def images(row: Row, shared: dict[str, Row], folder: Path) -> Iterator[Image.Ima
     """The images of a row and of the `shared` rows (by index) that it names."""
     for text in (encoded := cells(row, "image")):
         if len(text) > MAX_REFERENCE:
-            yield read_image(BytesIO(base64.b64decode("".join(text.split()), validate=True)))
+            content = base64.b64decode("".join(text.split()), validate=True)
+            yield read_image(NamedBytes(content, "encoded image"))
         elif text in shared:
             yield from images(shared[text], {}, folder)
         else:
@@ -130,59 +132,87 @@ def run(
     Raises ValueError when `output_dir` holds answers by other settings.
     """
     rows, model = read_rows(tsv), _claim_folder(restorer, tsv, output_dir, text)
-    log, by_index = output_dir / "answers.jsonl", {row["index"]: row for row in reversed(rows)}
-    table = output_dir / f"{model}_{tsv.stem}.tsv"
+    table, log = output_dir / f"{model}_{tsv.stem}.tsv", output_dir / "answers.jsonl"
     table.unlink(missing_ok=True)  # until every question has been asked
-    # A line that a kill cut off does not count; a failed row is tried again.
-    lines = log.read_text().split("\n")[:-1] if log.exists() else []
-    done = {place: found for place, found in map(json.loads, lines) if not found["error"]}
-    for place in [*done]:  # of files that have changed since, there is no answer yet
-        if _files(rows[place], by_index, tsv.parent) not in ("", done[place].get("files")):
-            del done[place]
-    replace_text(log, "".join(json.dumps(item) + "\n" for item in done.items()))
+    by_index = {row["index"]: row for row in reversed(rows)}
+    done = _answered(log, rows, by_index, tsv.parent)
     todo = [place for place in range(len(rows)) if place not in done]
-    with log.open("a", buffering=1) as file:
-
-        def record(place: int, prediction: str = "", error: str = "") -> None:
-            files = _files(rows[place], by_index, tsv.parent)
-            done[place] = {"prediction": prediction, "error": error, "files": files}
-            file.write(json.dumps([place, done[place]]) + "\n")
-
-        def requests(places: list[int], asked: list[int]) -> Iterator[Request]:
-            for place in places:
-                try:
-                    wanted = request(rows[place], by_index, tsv.parent)
-                except ValueError as error:
-                    record(place, error=str(error))
-                else:
-                    asked.append(place)
-                    yield wanted
-
-        def ask(places: list[int], batch_size: int) -> Iterator[int]:
-            """Where a batch fails, its questions go on alone."""
-            asked = list[int]()
-            answers = restorer.answers(requests(places, asked), text, batch_size=batch_size)
-            try:
-                for i, answer in answers:
-                    record(asked[i], answer)
-                    yield asked[i]
-            except (ValueError, RuntimeError, OSError) as error:
-                if len(places) == 1:
-                    record(places[0], error=f"{type(error).__name__}: {error}")
-                    return
-                for place in [place for place in places if place not in done]:
-                    yield from ask([place], 1)
-
-        for _ in track(ask(todo, batch_size), total=len(todo)):
-            pass
+    with log.open("a", buffering=1) as file, Progress() as bar:
+        bar.add_task("answering", total=len(rows), completed=len(done))
+        _Answers(restorer, text, rows, by_index, tsv.parent, done, file, bar).ask(todo, batch_size)
     told = ("prediction", "error")
     rows = [row | {key: done[place][key] for key in told} for place, row in enumerate(rows)]
-    with table.open("w", newline="", encoding="utf-8") as sheet:
+    _write_table(table, rows)
+    return rows
+
+
+def _answered(log: Path, rows: list[Row], shared: dict[str, Row], folder: Path) -> dict[int, Row]:
+    """Answers of earlier runs by the places of their rows; the log holds no others any more.
+
+    Neither a line that a kill cut off counts, nor a failed row, nor files that have changed since.
+    """
+    lines = log.read_text().split("\n")[:-1] if log.exists() else []
+    done = {place: answer for place, answer in map(json.loads, lines) if not answer["error"]}
+    for place in [*done]:
+        if _files(rows[place], shared, folder) not in ("", done[place].get("files")):
+            del done[place]
+    replace_text(log, "".join(json.dumps(item) + "\n" for item in done.items()))
+    return done
+
+
+def _write_table(path: Path, rows: list[Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as sheet:
         columns = [name for name in rows[0] if name not in ("image", "")]
         writer = csv.DictWriter(sheet, columns, dialect="excel-tab", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    return rows
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What rows are asked with, and where their answers go."""
+
+    restorer: Restorer
+    text: TextConfig
+    rows: list[Row]
+    by_index: dict[str, Row]
+    folder: Path
+    """Of the paths in the rows."""
+    done: dict[int, Row]
+    """Prediction, error and digest of the files, by the place of the row."""
+    log: TextIO
+    bar: Progress
+
+    def ask(self, places: list[int], batch_size: int) -> None:
+        """Where a batch fails, its questions go on alone."""
+        asked: list[int] = []
+        requests = self._requests(places, asked)
+        try:
+            for i, answer in self.restorer.answers(requests, self.text, batch_size=batch_size):
+                self._record(asked[i], answer)
+        except (ValueError, RuntimeError, OSError) as error:
+            if len(places) == 1:
+                self._record(places[0], error=f"{type(error).__name__}: {error}")
+                return
+            for place in [place for place in places if place not in self.done]:
+                self.ask([place], 1)
+
+    def _requests(self, places: list[int], asked: list[int]) -> Iterator[Request]:
+        """Of the rows that are good, whose places `asked` gets."""
+        for place in places:
+            try:
+                wanted = request(self.rows[place], self.by_index, self.folder)
+            except ValueError as error:
+                self._record(place, error=str(error))
+                continue
+            asked.append(place)
+            yield wanted
+
+    def _record(self, place: int, prediction: str = "", error: str = "") -> None:
+        files = _files(self.rows[place], self.by_index, self.folder)
+        self.done[place] = {"prediction": prediction, "error": error, "files": files}
+        self.log.write(json.dumps([place, self.done[place]]) + "\n")
+        self.bar.update(self.bar.task_ids[0], completed=len(self.done))
 
 
 def _files(row: Row, shared: dict[str, Row], folder: Path) -> str:
@@ -197,16 +227,13 @@ def _files(row: Row, shared: dict[str, Row], folder: Path) -> str:
 
 def _claim_folder(restorer: Restorer, tsv: Path, output_dir: Path, text: TextConfig) -> str:
     """Name of the model; `claim` with what changes an answer."""
-    folder = Path(restorer.report.folder).resolve()
-    settings = {
-        "checkpoint": mark_of(restorer.report),
-        "dtype": str(restorer.model.dtype).removeprefix("torch."),
+    settings = mark_of(restorer.report, restorer.model.dtype) | {
         "questions": digest(tsv.read_bytes()),
         "text": vars(text),
         "request": REQUEST,
     }
     claim(output_dir, settings)
-    return "_".join(folder.parts[-2:])
+    return "_".join(Path(restorer.report.folder).resolve().parts[-2:])
 
 
 def main(argv: list[str] | None = None) -> int:

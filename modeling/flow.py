@@ -38,10 +38,12 @@ def logit_from_time(t: float, shift: float) -> float:
 
 
 def interpolate(z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """z_t; `t` in [0, 1] is broadcast against the latents."""
     return (1 - t) * z0 + t * noise
 
 
 def velocity(z0: Tensor, noise: Tensor) -> Tensor:
+    """The constant velocity of the path, of the latents' shape."""
     return noise - z0
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import Qwen2Config, SiglipVisionConfig
 
+from data.loader import PackedLoader
 from data.packer import Packer, PackerConfig, Sample, TextSegment, VaeSegment, VitSegment
 from modeling.autoencoder import AutoencoderConfig
 from modeling.bagel.bagel import Bagel
@@ -215,3 +216,8 @@ def next_velocity(context: Context, x: Tensor, t: float, ids: Tensor) -> Tensor:
     """(L, D) velocity of the image x (L, D) at time t as the next segment of a context."""
     latents = context.model.embed_latents(x, x.new_full((len(x),), t), ids)
     return NextImages([(context, len(ids))]).velocities(latents)[0]
+
+
+def position(packs: PackedLoader) -> int:
+    """Samples of the stream that were packed or dropped, on all ranks."""
+    return sum(packs.planner.draws) - len(packs.planner.buffer)

@@ -19,11 +19,11 @@ import yaml
 from PIL import Image, ImageFont
 
 from data.config import load_mixture
-from data.images import MAX_PIXELS
 from data.loader import PackedLoader
 from data.stream import LoaderConfig
 from data.tally import Tally
 from data.tokenizer import Tokenizer
+from data.volumes import MAX_PIXELS
 from scripts.tools import dataset_checks
 from scripts.tools.check_dataset import main
 from scripts.tools.dataset_report import drawable

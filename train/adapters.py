@@ -1,9 +1,13 @@
 """LoRA (Hu et al. 2021) on the language model's projections, by peft; merged when saved."""
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from modeling.pretrained import CheckpointError, read_tensors, shapes_of, weight_files
 
 from .arguments import ModelArguments
 
@@ -46,6 +50,27 @@ def initial_adapters(model: nn.Module, seed: int) -> dict[str, Tensor]:
             tensors[name] = torch.empty(parameter.shape).uniform_(-1, 1, generator=generator)
             tensors[name] *= bound
     return tensors
+
+
+def require_base(
+    folder: Path, base: Mapping[str, Tensor], model: nn.Module, args: ModelArguments
+) -> None:
+    """Raises CheckpointError unless the adapters of a step folder are those of the model, and on
+    this base make the model that they were saved with, which the first of them is to show."""
+    adapters = read_tensors(weight_files(folder, "adapters", "lora_rank goes on with adapters"))
+    own = {name: parameter.shape for name, parameter in model.named_parameters()}
+    own = {name: shape for name, shape in own.items() if is_adapter(name)}
+    if shapes_of(adapters) != own:
+        raise CheckpointError(f"{folder}: has other adapters: check lora_rank and lora_targets")
+    stem = next(name for name in adapters if name.endswith(A)).removesuffix(A)
+    name = f"{stem}.weight"
+    saved = read_tensors(weight_files(folder, "model"))[name]
+    found = merged(base[name].float(), adapters[stem + A], adapters[stem + B], args)
+    if not torch.allclose(found, saved.float(), rtol=1e-4, atol=1e-6):
+        raise CheckpointError(
+            f"{folder}: its adapters began on another base ({name} differs): check model_path, "
+            "finetune_from_ema and lora_alpha"
+        )
 
 
 def merged(base: Tensor, a: Tensor, b: Tensor, args: ModelArguments) -> Tensor:

@@ -8,6 +8,7 @@ denominator.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -328,18 +329,24 @@ class DeepSpeedBackend(Backend):
         for name, weight in self.weights.items():
             if name in tensors:
                 self.access.safe_set_full_fp32_param(weight, tensors[name].to(self.device).float())
+        for name, constant in self.constant.items():
+            if name in tensors:
+                with self.gathered(constant, modifier_rank=0):
+                    constant.copy_(tensors[name])
         self.refresh()
 
     def full(self, name: str) -> Tensor:
         if name in self.weights:
             return self.access.safe_get_full_fp32_param(self.weights[name])
-        found = self.constant[name]
-        if not hasattr(found, "ds_id"):
-            return found.detach()
+        with self.gathered(found := self.constant[name]):
+            return found.detach().clone()
+
+    def gathered(self, constant: Tensor, **options: Any) -> AbstractContextManager[Any]:
+        """Within it a frozen weight or buffer is whole."""
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters([found]):
-            return found.detach().clone()
+        sharded = [constant] if hasattr(constant, "ds_id") else []
+        return deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded), **options)
 
     def moment(self, name: str, kind: str) -> Tensor:
         return self.access.safe_get_full_optimizer_state(self.weights[name], kind)

@@ -23,13 +23,14 @@ from modeling.pretrained import (
     Weights,
     load_architecture,
     open_pretrained,
+    read_json,
     weight_files,
 )
 
-from .adapters import BASE, add_adapters, initial_adapters
+from .adapters import BASE, add_adapters, initial_adapters, require_base
 from .arguments import RunArguments, TrainingArguments
 from .backends import make_backend
-from .checkpoint import load_state, newest_good, step_folders, verify
+from .checkpoint import load_state, newest_good, step_folders, takes_optimizer, verify
 from .distributed import all_reduce, local_device, rank, world_size
 from .ema import EMA
 from .freezing import parameter_lines
@@ -60,6 +61,8 @@ def build_trainer(args: RunArguments) -> Trainer:
         print(report, flush=True)
     weights_of_terms = configure(model, args)
     if args.model.lora_rank > 0:
+        if folder is not None:
+            require_base(folder, tensors, model, args.model)
         tensors = adapted(model, tensors) | initial_adapters(model, training.global_seed)
     if training.print_param_details and rank() == 0:
         print("\n".join(parameter_lines(model, args)), flush=True)
@@ -67,6 +70,7 @@ def build_trainer(args: RunArguments) -> Trainer:
     trainer = Trainer(
         args=args,
         source=source,
+        start=weights,
         backend=backend,
         loader=build_loader(args, model, source),
         ema=EMA(backend.masters, training.ema, backend.refresh),
@@ -137,15 +141,27 @@ def resume_folder(args: TrainingArguments, check: Check = verify) -> Path | None
         return newest_good(run, check)
     if args.resume_from is None or args.resume_model_only:
         return None
-    check(folder := Path(args.resume_from))
+    folder = Path(args.resume_from)
+    names = read_json(folder / MANIFEST)
+    if names and "trainer_state.json" not in names:
+        raise ValueError(
+            f"resume_from={folder} is no step folder of a run; to start from its weights add "
+            "--resume_model_only True"
+        )
+    check(folder, [n for n in names if takes_optimizer(folder, args) or "optimizer" not in n])
     return folder
 
 
 def start(args: RunArguments, folder: Path | None) -> tuple[Path, Start]:
-    """Where tokenizer and weights come from, and which."""
+    """Where tokenizer and weights come from, and which; under adapters, those of their base, which
+    the run began with."""
     training, model_path = args.training, args.model.model_path
     if folder is not None and not args.model.lora_rank:
         return folder, "model"
+    if folder is not None:
+        base, weights = read_json(folder / "trainer_state.json").get("base", ("", ""))
+        if weights in ("ema", "model") and Path(base).is_dir():
+            return Path(base), weights
     if training.resume_from is not None and training.resume_model_only:
         model_path = training.resume_from
     elif not training.finetune_from_hf:

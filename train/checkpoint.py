@@ -271,6 +271,8 @@ class Saver:
             "steps_without": dict(trainer.telemetry.steps_without),
             "guard": trainer.guard.state_dict(),
         }
+        if trainer.backend.adapted:
+            state["base"] = [str(trainer.source.resolve()), trainer.start]
 
         def write(folder: Path) -> None:
             for stem, (plan, size) in plans(trainer).items():
@@ -319,7 +321,8 @@ class Saver:
         if final.exists():
             _drop(final)
         staging.rename(final)
-        folders = step_folders(self.run)
+        # Folders of later steps are damaged: else the run would have gone on from there.
+        folders = [f for f in step_folders(self.run) if int(f.name) <= int(final.name)]
         best = self.trainer.best_steps([int(folder.name) for folder in folders])
         for old in folders[: -self.args.max_checkpoints]:
             if int(old.name) not in best:

@@ -37,6 +37,8 @@ class Trainer:
     args: RunArguments
     source: Path
     """Folder that the model was loaded from; its tokenizer goes into every checkpoint."""
+    start: str
+    """Which of its weights, as `build.start` says."""
     backend: Backend
     loader: PackedLoader
     ema: EMA

@@ -4,7 +4,6 @@ Nothing that training draws from or steps on is touched, so a run with validatio
 same bits as one without. The numbers do not depend on the number of ranks.
 """
 
-import difflib
 import math
 import re
 from collections import defaultdict
@@ -20,9 +19,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.config import GroupConfig
+from data.config import GroupConfig, nearest
 from data.files import Place
-from data.images import to_uint8
+from data.images import to_image
 from data.packer import Segment, TextSegment
 from data.records import Record
 from data.scores import PSNR_OF_EQUAL_IMAGES, references, scores
@@ -240,7 +239,7 @@ def _generate(
     context = filled(Context(model, special), segments)
     generator = torch.Generator().manual_seed(seed)
     (image,) = generate_images([ImageJob.of_size(context, size, sampling, generator)])
-    return Image.fromarray(to_uint8(image))
+    return to_image(image)
 
 
 def _error(image: Image.Image, truth: Image.Image) -> Image.Image:
@@ -271,9 +270,7 @@ def best(
     steps: dict[str, int] = {}
     for name in names:
         if lines and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {sorted(known)}"
-            raise ValueError(f"best_metrics: validation has no {name!r}; {hint}")
+            raise ValueError(f"best_metrics: validation has no {name!r}; {nearest(name, known)}")
         sign = -1 if name.startswith(HIGHER_IS_BETTER) else 1
         found = [
             (sign * line[name], line["step"])

@@ -100,6 +100,7 @@ class Bagel(nn.Module):
         return 0.0 if module == "llm2vae" or kind == "bias" else self.config.llm.initializer_range
 
     def embed_text(self, ids: Tensor) -> Tensor:
+        """(T,) int64 token ids -> (T, d)."""
         return self.language_model.model.embed_tokens(ids)
 
     def embed_vit(self, vit: VitImages) -> Tensor:

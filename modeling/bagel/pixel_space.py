@@ -233,25 +233,13 @@ class PixelSpace:
             pred_01 = decoded_01.detach().requires_grad_(differentiate)
             at_image: dict[str, Tensor] = {}
             for term in self.terms:
-                gates = [gate(target.t, term.max_t) for target in chunk]
-                if not any(gates):
+                if all(target.t >= term.max_t for target in chunk):
                     continue
-                weights, clamped = _on(gates, true_01.device), None
-                per_image = term.losses(pred_01, true_01)
-                # Not gated is not seen: an image beyond all bounds times 0 would be NaN.
-                weighted = torch.where(weights > 0, weights * per_image.detach(), 0.0)
-                losses.sums[term.name].add_(weighted.sum())
-                if differentiate:
-                    (gradient,) = torch.autograd.grad(per_image.sum(), pred_01)
-                    gradient, clamped = term.adjust(gradient)
-                    weights = weights[:, None, None, None]
-                    at_image[term.name] = torch.where(weights > 0, weights * gradient, 0.0)
-                means = per_image.detach() / (term.elements_per_pixel * true_01[0, 0].numel())
-                losses.images[term.name] += [
-                    ImageLoss(target, gates[i], means[i], None if clamped is None else clamped[i])
-                    for i, target in enumerate(chunk)
-                    if gates[i] > 0
-                ]
+                total, images, gradient = _of_term(term, chunk, pred_01, true_01)
+                losses.sums[term.name].add_(total)
+                losses.images[term.name] += images
+                if gradient is not None:
+                    at_image[term.name] = gradient
             if factors is not None and at_image:
                 scaled = [factors[name] * gradient for name, gradient in at_image.items()]
                 at_image[JOINT] = torch.stack(scaled).sum(0)
@@ -264,6 +252,30 @@ class PixelSpace:
                     # The clean latent is z_t - t v.
                     losses.gradients[key][target.tokens] = -target.t * patchify(at_latent, patch)
         return losses
+
+
+def _of_term(
+    term: PixelSpaceTerm, chunk: Sequence[TargetImage], pred_01: Tensor, true_01: Tensor
+) -> tuple[Tensor, list[ImageLoss], Tensor | None]:
+    """Gated sum without a graph, gated images, and, where `pred_01` (B, C, H, W) asks for it, the
+    sum's adjusted gradient there."""
+    gates = [gate(target.t, term.max_t) for target in chunk]
+    weights, gradient, clamped = _on(gates, true_01.device), None, None
+    per_image = term.losses(pred_01, true_01)
+    # Not gated is not seen: an image beyond all bounds times 0 would be NaN.
+    total = torch.where(weights > 0, weights * per_image.detach(), 0.0).sum()
+    if pred_01.requires_grad:
+        (gradient,) = torch.autograd.grad(per_image.sum(), pred_01)
+        gradient, clamped = term.adjust(gradient)
+        weights = weights[:, None, None, None]
+        gradient = torch.where(weights > 0, weights * gradient, 0.0)
+    means = per_image.detach() / (term.elements_per_pixel * true_01[0, 0].numel())
+    images = [
+        ImageLoss(target, gates[i], means[i], None if clamped is None else clamped[i])
+        for i, target in enumerate(chunk)
+        if gates[i] > 0
+    ]
+    return total, images, gradient
 
 
 def _on(numbers: list[float], device: torch.device) -> Tensor:

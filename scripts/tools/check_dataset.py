@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from data.config import RULES, DatasetConfig, GroupConfig, load_mixture, read_yaml  # noqa: E402
+from data.config import DatasetConfig, GroupConfig, load_mixture, read_yaml  # noqa: E402
 from data.files import folder_of, place  # noqa: E402
 from data.loader import end_with_the_parent  # noqa: E402
 from data.packer import PackerConfig  # noqa: E402
@@ -37,7 +37,7 @@ from data.sources import JsonlRecords, share  # noqa: E402
 from data.stream import HOW_IT_RUNS, LoaderConfig, Planner  # noqa: E402
 from data.tasks import TASKS  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
-from data.transforms import ResizeRule  # noqa: E402
+from data.transforms import RULES, ResizeRule  # noqa: E402
 from data.volumes import UnreachableError  # noqa: E402
 from scripts.tools import dataset_report  # noqa: E402
 from scripts.tools.dataset_checks import VOLUME, Checker, Finding, HeldOut, Outcome  # noqa: E402

@@ -12,8 +12,8 @@ from data.files import Place
 from data.images import ImageError, require_one_window
 from data.records import Record, RecordError
 from data.sources import JsonlRecords
-from data.stream import Bad, Dataset, Planner
-from data.tally import reason_of
+from data.stream import Dataset, Planner
+from data.tally import Bad, reason_of
 from data.tasks import decoded, require_tags
 from data.volumes import UnreachableError
 

@@ -12,7 +12,6 @@ gaps between them that belong to none. Slices that are nearly black are left out
 """
 
 import argparse
-import difflib
 import json
 import re
 import sys
@@ -33,6 +32,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from data.config import nearest  # noqa: E402
 from data.degradations import DEGRADATIONS, HU_RANGE, degrade  # noqa: E402
 from data.images import ImageError, Scan  # noqa: E402
 from data.tasks import require_sizes  # noqa: E402
@@ -210,6 +210,7 @@ def write_pairs(job: Job, args: argparse.Namespace) -> list[dict[str, Any]]:
     known: dict[str, Any] = {"hu_range": (low, high)} if scan.unit == "HU" else {}
     known |= {"pixel_mm": scan.spacing[0]} if scan.spacing else {}
     clean, records = save(folder / f"{job.volume}_{job.index:04d}_clean.png", scan.values), []
+    own = {words[0]: words[1:] for words in args.texts}
     for (name, *ends), draw in ((p, d) for p in args.degrade for d in range(args.draws)):
         key = [zlib.crc32(word.encode()) for word in (job.volume, name)]
         rng = np.random.default_rng([args.seed, *key, job.index, draw])
@@ -219,7 +220,6 @@ def write_pairs(job: Job, args: argparse.Namespace) -> list[dict[str, Any]]:
         target = clean
         if not np.array_equal(found.target_01, scan.values):
             target = save(stem.with_name(f"{stem.name}_clean.png"), found.target_01)
-        own = {words[0]: words[1:] for words in args.texts}
         instruction, assessment = own.get(name, (INSTRUCTIONS[found.task], found.sentence))
         record = {
             "main_task_type": found.task,
@@ -320,8 +320,8 @@ def plan(text: str) -> Plan:
         raise argparse.ArgumentTypeError(f"{text!r} is no NAME:SEVERITY or NAME:LOW-HIGH")
     name, low, high = found.group(1), float(found[2]), float(found[3] or found[2])
     if name not in DEGRADATIONS:
-        near = difflib.get_close_matches(name, DEGRADATIONS, n=1, cutoff=0.0)[0]
-        raise argparse.ArgumentTypeError(f"unknown degradation {name!r}; did you mean {near!r}?")
+        hint = nearest(name, DEGRADATIONS)
+        raise argparse.ArgumentTypeError(f"unknown degradation {name!r}; {hint}")
     if not 0 < low <= high <= 1:
         raise argparse.ArgumentTypeError(f"{text!r}: severities are above 0 and at most 1")
     return name, low, high

@@ -23,6 +23,7 @@ CONTRAST = (
 
 FEW = 12
 """Patients of a folder that may be one; a folder of a whole data set holds more."""
+Kind = Literal["nifti", "dicom", "image"]
 Ground = Literal["path", "name", "contrast", "PatientID", "StudyInstanceUID", "folder"]
 
 
@@ -35,7 +36,7 @@ class Source:
     patient: str
     ground: Ground
     """What the patient goes by; `contrast` is a name without its end."""
-    kind: Literal["nifti", "dicom", "image"]
+    kind: Kind
     files: list[Path]
     read: Callable[[], list[Callable[[], Scan]]]
     """Gives what gives its slices (H, W) or (H, W, 3), in order; both raise ImageError."""
@@ -77,52 +78,60 @@ def find_sources(
     taken off. `series` is a UID or a part of a description; `options` are those of `read_scan`.
     Images are in `natural` order. Raises ImageError without `root`.
     """
-    files = [p for p in root.rglob("*") if p.is_file()] if root.is_dir() else [root]
-    groups: dict[tuple[str, _Owner, str], list[Path]] = defaultdict(list)
-    bad: list[ImageError] = []
     base = root if root.is_dir() else root.parent
+    files = [p for p in root.rglob("*") if p.is_file()] if root.is_dir() else [root]
+    groups: dict[tuple[Kind, _Owner, str], list[Path]] = defaultdict(list)
+    bad: list[ImageError] = []
     lost: list[Path] = []
     for path in sorted(files, key=natural):
         kind = file_kind(path)
-        place = path.relative_to(base)
         if kind == "image" and path.suffix.lower() not in IMAGE_SUFFIXES:
             continue
-        seen = (patient, path.relative_to(root.parent)) if patient else (BIDS, place)
-        known = _in_path(*seen)
-        if kind == "nifti":
-            stem = re.sub(r"\.nii(\.gz)?$", "", place.as_posix(), flags=re.IGNORECASE)
-            owner = known or _plain(stem.split("/"), root, len(place.parts))
-            groups[kind, owner, stem].append(path)
-        elif kind == "dicom":
-            try:
-                identity = _dicom_identity(path, series, known, bool(patient))
-            except ImageError as error:
-                bad.append(error)
-                continue
-            if identity is None:
-                continue
-            owner, name = identity
-            groups[kind, owner, name].append(path)
-        else:
-            folders = [*place.parts[:-1]] or [root.name]
-            owner = known or _plain(folders, root, 1)
-            own = [known.patient] if known and known.patient not in "/".join(folders) else []
-            groups[kind, owner, "_".join([*folders, *own])].append(path)
-        if patient and owner.ground != "path":
+        try:
+            identity = _identity(path, kind, root, patient, series)
+        except ImageError as error:
+            bad.append(error)
+            continue
+        if identity is None:
+            continue
+        groups[kind, *identity].append(path)
+        if patient and identity[0].ground != "path":
             lost.append(path)
     if bad:
         print(f"left out: {len(bad)} DICOM files, the first is {bad[0]}")
     if lost:
         print(f"WARNING: --patient finds nothing in {len(lost)} files, the first is {lost[0]}")
     for (kind, owner, name), members in groups.items():
-        read = partial(_images if kind == "image" else _slices, members, options)
-        title = re.sub(r"[^\w.-]+", "_", name)
         labels = () if patient else (_in_path(BIDS, p.relative_to(base)) for p in members)
-        subjects = frozenset(label.patient for label in labels if label)
-        who = owner.patient, owner.ground
         first = members[0].relative_to(base).parts
-        folder = base / first[0] if len(first) > 1 else None
-        yield Source(title, *who, kind, members, read, owner.patient_id, subjects, folder)
+        yield Source(
+            name=re.sub(r"[^\w.-]+", "_", name),
+            patient=owner.patient,
+            ground=owner.ground,
+            kind=kind,
+            files=members,
+            read=partial(_images if kind == "image" else _slices, members, options),
+            patient_id=owner.patient_id,
+            subjects=frozenset(label.patient for label in labels if label),
+            folder=base / first[0] if len(first) > 1 else None,
+        )
+
+
+def _identity(
+    path: Path, kind: Kind, root: Path, patient: str | None, series: str | None
+) -> tuple[_Owner, str] | None:
+    """Patient and name of the volume that a file is of; None for DICOM of another series."""
+    place = Path(path.name) if path == root else path.relative_to(root)
+    seen = (patient, path.relative_to(root.parent)) if patient else (BIDS, place)
+    known = _in_path(*seen)
+    if kind == "dicom":
+        return _dicom_identity(path, series, known, bool(patient))
+    if kind == "nifti":
+        stem = re.sub(r"\.nii(\.gz)?$", "", place.as_posix(), flags=re.IGNORECASE)
+        return known or _plain(stem.split("/"), root, len(place.parts)), stem
+    folders = [*place.parts[:-1]] or [root.name]
+    own = [known.patient] if known and known.patient not in "/".join(folders) else []
+    return known or _plain(folders, root, 1), "_".join([*folders, *own])
 
 
 def _in_path(pattern: str, path: Path) -> _Owner | None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import images
-from data.images import ImageError, read_image, to_pm1, to_uint8
+from data import volumes
+from data.images import ImageError, read_image, to_image, to_pm1
 from data.transforms import ResizeRule
 
 
@@ -72,10 +72,10 @@ def test_a_wrong_header_length_is_an_image_error(tmp_path):
 
 def test_oversized_images_are_refused(tmp_path, monkeypatch):
     path = saved(np.zeros((40, 30), np.uint8), tmp_path / "big.png")
-    monkeypatch.setattr(images, "MAX_PIXELS", 1199)
+    monkeypatch.setattr(volumes, "MAX_PIXELS", 1199)
     with pytest.raises(ImageError, match=r"big.png: 30x40 is more than 1199 pixels"):
         read_image(path)
-    monkeypatch.setattr(images, "MAX_PIXELS", 1200)
+    monkeypatch.setattr(volumes, "MAX_PIXELS", 1200)
     assert read_image(path).size == (30, 40)
 
 
@@ -85,8 +85,9 @@ def test_pixels_to_tensors_and_back():
     assert tensor.shape == (3, 16, 16) and tensor.dtype == torch.float32
     assert tensor[1, 2, 3] == pytest.approx((array[2, 3, 1] / 255 - 0.5) / 0.5, abs=1e-6)
     assert (tensor.min().item(), tensor.max().item()) == (-1.0, 1.0)
-    assert np.array_equal(to_uint8(tensor), array)
-    assert to_uint8(torch.tensor([-3.0, 3.0, 0.0]).reshape(3, 1, 1)).tolist() == [[[0, 255, 128]]]
+    assert np.array_equal(to_image(tensor), array)
+    beyond = to_image(torch.tensor([-3.0, 3.0, 0.0]).reshape(3, 1, 1))
+    assert beyond.mode == "RGB" and beyond.getpixel((0, 0)) == (0, 255, 128)
 
 
 VAE = ResizeRule(image_stride=16, max_image_size=1024, min_image_size=512)

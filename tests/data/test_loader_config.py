@@ -13,7 +13,7 @@ from data.config import load_mixture
 from data.loader import LoaderConfig, PackedLoader
 from data.tokenizer import Tokenizer
 from modeling.batch import PackedBatch
-from tests.helpers import RULES, packer_config, tiny_config, write_mixture, write_pairs
+from tests.helpers import RULES, packer_config, position, tiny_config, write_mixture, write_pairs
 
 LONGEST = 72
 """Tokens of the longest pair of `mixture`; those of 16 x 16 pixels have 53 or 54."""
@@ -152,7 +152,7 @@ def test_samples_that_are_too_long_are_dropped_and_counted(checkpoint, mixture):
     packs = loader(checkpoint, mixture, **sizes)
     names = [packs.next_batch().vae.names[0].rsplit(":")[-1] for _ in range(12)]
     assert set(names) == {"1", "4"}
-    assert packs.too_long == packs.position - 12 > 6
+    assert packs.too_long == position(packs) - 12 > 6
     resumed = loader(checkpoint, mixture, **sizes)
     resumed.load_state_dict(packs.state_dict())
     assert resumed.too_long == packs.too_long

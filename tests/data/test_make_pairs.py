@@ -137,7 +137,8 @@ def test_the_set_trains_as_it_is(one_set):
     lines = [*good_records(JsonlRecords(dataset_.jsonl_path))]
     assert len(lines) == len(records(one_set)["train"])
     for record in lines:
-        assert read_image(dataset_.data_dir / record.input_image).size == record.inputs[0].size
+        (given,) = record.inputs
+        assert read_image(dataset_.data_dir / given.path).size == given.size
         assert record.instruction and record.assessment
 
 

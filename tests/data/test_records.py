@@ -36,7 +36,7 @@ def test_a_good_line(tmp_path):
     path = written(tmp_path / "train.jsonl", json.dumps(GOOD), "", json.dumps(GOOD))
     first, second = read_records(path)
     assert (first.source, second.source) == (f"{path}:1", f"{path}:3")
-    assert (first.input_image, first.output_image) == ("a.png", "b.png")
+    assert [ref.path for ref in (*first.inputs, *first.outputs)] == ["a.png", "b.png"]
     assert (first.instruction, first.assessment) == ("Remove it.", "Mild noise.")
     assert first.raw == GOOD
 
@@ -54,7 +54,7 @@ def test_the_last_messages_count_and_optional_fields_may_be_absent(tmp_path):
         read_records(path)
     (record_,) = read_records(written(path, json.dumps(record)))
     assert (record_.instruction, record_.assessment) == ("three", "two")
-    assert record_.output_image is None and record_.outputs == ()
+    assert record_.outputs == ()
 
 
 @pytest.mark.parametrize(

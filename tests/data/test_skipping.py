@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 import data.tasks
-from data import images
+from data import volumes
 from data.config import GroupConfig, load_mixture
 from data.loader import PackedLoader, joined_states
 from data.records import ImageRef
@@ -248,7 +248,7 @@ def test_an_oversized_image_is_not_decoded(checkpoint, tmp_path, monkeypatch):
     lines = write_pairs(tmp_path / "pairs", 6)
     lines.write_text(lines.read_text().replace('"width"', '"columns"'))
     mixture = write_mixture(tmp_path / "mixture.yaml", tmp_path / "pairs")
-    monkeypatch.setattr(images, "MAX_PIXELS", 16 * 20)
+    monkeypatch.setattr(volumes, "MAX_PIXELS", 16 * 20)
     packs = loader(checkpoint, mixture)
     shapes = {tuple(i.shape) for _ in range(6) for i in packs.next_batch().vae.images}
     assert shapes == {(3, 16, 16), (3, 20, 16)}

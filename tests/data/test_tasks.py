@@ -250,6 +250,9 @@ def test_an_edit_goes_one_or_two_steps(tokenizer, folder):
         ("text_to_image", {"output_img": paths("a")}, "needs captions or a human message"),
         ("text_to_image", {"output_img": paths("a"), "captions": "[1, 2]"}, "needs captions"),
         ("text_to_image", {"output_img": paths("a"), "captions": [3]}, "needs captions"),
+        ("text_to_image", {"output_img": paths("a"), "caption": 5}, "needs captions"),
+        ("text_to_image", {"output_img": paths("a"), "captions": True}, "needs captions"),
+        ("text_to_image", {"output_img": paths("a"), "captions": {"long": 5}}, "needs captions"),
         ("vlm_sft", {"input_img": paths("ab"), "message": QUESTION}, "1 <image> for 2 images"),
         ("vlm_sft", {"input_img": paths("a")}, "message must be a list of {from, value}"),
         ("text_only", {"message": said(("human", "What?"))}, "holds no answer from `gpt`"),
@@ -282,6 +285,14 @@ def test_an_edit_goes_one_or_two_steps(tokenizer, folder):
             "edit_sequence",
             {"image_list": ["a.png", "d.png"], "instruction_list": [[]]},
             "2 images in image_list need one entry less",
+        ),
+        *(
+            (
+                "edit_sequence",
+                {"image_list": ["a.png", "d.png"], "instruction_list": steps},
+                "2 images in image_list need one entry less, of texts, in instruction_list",
+            )
+            for steps in (5, True, "+", {"Up.": ["Larger."]})
         ),
     ],
 )

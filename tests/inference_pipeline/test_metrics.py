@@ -17,17 +17,16 @@ from scipy.signal import convolve2d
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
+from data.scores import PSNR_OF_EQUAL_IMAGES, scores
 from inference_pipeline import perceptual
 from inference_pipeline.metrics import (
     MS_SSIM_SIDE,
     PROTOCOL,
     PROTOCOLS,
-    PSNR_OF_EQUAL_IMAGES,
     describe,
     measure,
     measure_all,
     number_names,
-    scores,
 )
 from inference_pipeline.perceptual import Lpips, features, fid, frechet_distance, load_extractor
 from inference_pipeline.text_metrics import text_numbers
@@ -140,7 +139,7 @@ def test_ms_ssim_is_absent_where_it_is_too_small_and_said_once():
         ("amir", "ssim", (40, 10), "at least 11, not 10 x 40"),
         ("standart", "psnr", (20, 20), "did you mean 'standard'"),
         ("medq", "ms-ssim", (20, 20), "did you mean 'ms_ssim'"),
-        ("medq", "qqq", (20, 20), "known: psnr, ssim, ms_ssim"),
+        ("medq", "qqq", (20, 20), "known are \['ms_ssim', 'psnr', 'ssim'\]"),
     ],
 )
 def test_what_cannot_be_measured(protocol, metric, size, message):

@@ -191,6 +191,26 @@ def test_another_test_set_is_no_neighbour(tmp_path):
     assert [t["runs"] for t in data_of(tmp_path)["tests"]] == [[0], [1], [2]]
 
 
+@pytest.mark.parametrize(
+    ("inputs", "shown"),
+    [
+        ("case_4.png", "case_4.png"),
+        ({"path": "case_4.png"}, "case_4.png"),
+        (["case_4.png"], "case_4.png"),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_results_of_the_users_own_scripts(tmp_path, inputs, shown):
+    """These name an input alone, by its path or with its size."""
+    path = write_run(tmp_path, "run", None, 25.0) / "results.jsonl"
+    results = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(r | {"input_img": inputs}) + "\n" for r in results))
+    data = data_of(tmp_path)
+    assert {card["input"] for card in data["samples"]} == {shown}
+    assert [failed["input"] for failed in data["runs"][0]["failed"]] == [shown]
+
+
 def test_what_no_report_can_be_made_of(tmp_path, capsys):
     folder = write_run(tmp_path / "run", "run", None, 25.0)
     with pytest.raises(ResultsError, match="images: neither results.jsonl there nor"):
@@ -217,6 +237,9 @@ def test_what_no_report_can_be_made_of(tmp_path, capsys):
         path.write_text(before)
     (folder / "statistics.json").unlink()
     with pytest.raises(ResultsError, match="run: no statistics.json: let the batch inference"):
+        find_runs([tmp_path])
+    (folder / "settings.json").unlink()
+    with pytest.raises(FileNotFoundError, match="No such file .*run/statistics.json"):
         find_runs([tmp_path])
 
 

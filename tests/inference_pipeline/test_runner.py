@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from data.scores import scores
 from data.transforms import ResizeRule
-from inference_pipeline.metrics import scores
 from inference_pipeline.restorer import DEFAULT_RULES, Restorer
 from inference_pipeline.runner import ResumeError, RunConfig, _claim_folder, run
 from modeling.bagel.generation import SamplingConfig, TextConfig

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm, wilcoxon
 
+from data.scores import PSNR_OF_EQUAL_IMAGES
 from inference_pipeline import compare
-from inference_pipeline.metrics import PSNR_OF_EQUAL_IMAGES
 from inference_pipeline.summary import interval, paired, summarise
 
 

@@ -14,9 +14,11 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from rich.progress import Progress
 
 from data.packer import TextSegment, VitSegment
 from data.tasks import filled
+from inference_pipeline import vlmevalkit
 from inference_pipeline.restorer import Restorer
 from inference_pipeline.vlmevalkit import REQUEST, accuracy, letters, main, read_rows, run
 from modeling.bagel.context import Context
@@ -160,7 +162,7 @@ def test_a_question_is_seen_by_the_vit_alone(restorer):
         restorer.answer(images, " ")
 
 
-def test_bad_rows_are_told_and_the_rest_is_asked(tmp_path):
+def test_bad_rows_are_told_and_the_rest_is_asked(tmp_path, monkeypatch):
     good = encoded(picture(0))
     bad = {
         "no-question": ({"question": " "}, "question: empty"),
@@ -181,8 +183,10 @@ def test_bad_rows_are_told_and_the_rest_is_asked(tmp_path):
     tsv = write(tmp_path / "q.tsv", [*rows, rows[-1]])
     with tsv.open("a") as file:
         file.write(f"{good}\t\tWhat?\ttab\tbed\n")
-    asked = Asked()
+    asked, bars = Asked(), []
+    monkeypatch.setattr(vlmevalkit, "Progress", lambda: bars.append(Progress()) or bars[-1])
     run(asked, tsv, tmp_path / "out", SHORT)
+    assert bars[0].finished and bars[0].tasks[0].completed == len(rows) + 2
     found = read(only(tmp_path / "out"))
     expected = [*(text for _, text in bad.values()), "index: 'good' is that of", "a tab stands"]
     for error, wanted, prediction in zip(
@@ -333,8 +337,8 @@ def test_tables_that_are_none(tmp_path):
     for content, message in (
         (b"", "column 'image'"),
         (b"index\timage\tquestion\n", "no rows"),
-        (b"index\timages\tquestion\n1\tx\ty\n", r"column 'image'; there is \['images'\]"),
-        (b"idx\timage_path\tquestion\n1\tx\ty\n", "column 'index'; there is"),
+        (b"index\timages\tquestion\n1\tx\ty\n", r"column 'image': did you mean 'images'"),
+        (b"idx\timage_path\tquestion\n1\tx\ty\n", "column 'index': did you mean 'idx'"),
         (b"index\timage\tquestion\n1\tx\t\xff\n", "no table: 'utf-8'"),
     ):
         path.write_bytes(content)

@@ -129,9 +129,12 @@ def test_token_terms_are_the_formulas(model, batch):
 
 def test_answer_weights(model):
     packer = Packer(packer_config(model.config), TOKENS)
-    for sample, weight in zip(MIXED_SAMPLES[::2], (0.125, 0.25, 0.0), strict=True):
-        packer.add(sample, torch.Generator().manual_seed(0), answer_weight=weight)
-    weighted = packer.build()
+    for sample in MIXED_SAMPLES[::2]:
+        packer.add(sample, torch.Generator().manual_seed(0))
+    weights = torch.tensor([0.125] * 3 + [0.25] * 3 + [0.0] * 3)
+    batch = packer.build()
+    labels = dataclasses.replace(batch.labels, weights=weights, total_weight=weights.sum().item())
+    weighted = dataclasses.replace(batch, labels=labels)
     out = model.step_outputs(weighted)
     per_token = CrossEntropy().per_token(out)
     expected = 0.125 * per_token[:3].sum() + 0.25 * per_token[3:6].sum()

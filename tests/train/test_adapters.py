@@ -1,12 +1,14 @@
 """LoRA: starts as the model was, trains little, is saved merged, resumes to the bit."""
 
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from modeling.pretrained import load_pretrained
+from modeling.pretrained import CheckpointError, load_pretrained
 from tests.helpers import run_arguments
 from tests.ranks import run_on_ranks
 from train.adapters import is_adapter
@@ -79,6 +81,51 @@ def test_adapters_resume_to_the_bit_and_on_two_ranks_within_rounding(checkpoint,
 
 
 STEPS = ("0000001", "0000003")
+
+
+def test_adapters_go_on_with_the_base_that_they_began_on(checkpoint, mixture, tmp_path):
+    """Whatever the arguments say then; where it has gone, only a base that fits is taken."""
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+
+    def run(name: str, **more: Any) -> Path:
+        build_trainer(run_arguments(base, mixture, tmp_path / name, **LORA | more)).fit()
+        return tmp_path / name / "0000003"
+
+    first = run("first", finetune_from_ema=True)
+    step = {"resume_from": first.with_name("0000001")}
+    (tmp_path / "first" / "0000002").rename(tmp_path / "kept")
+    last = first.rename(tmp_path / "last")
+    for again in (run("elsewhere", **step), run("first")):
+        for name in ("model", "adapters", "optimizer"):
+            found, expected = (f / f"{name}.safetensors" for f in (again, last))
+            assert found.read_bytes() == expected.read_bytes(), name
+    other = {"lora_rank": 4, **step}
+    with pytest.raises(CheckpointError, match="0000001: has other adapters: check lora_rank and"):
+        run("rank", **other)
+    base.rename(base := tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="began on another base .*: check model_path, fine"):
+        run("moved_model", **step)
+
+
+def test_frozen_weights_come_from_the_step_that_goes_on(checkpoint, mixture, tmp_path):
+    """Also from one that has trained them."""
+    before = run_arguments(checkpoint, mixture, tmp_path / "a", **LORA | {"vit_lr": 0.01})
+    build_trainer(before).fit()
+    for ranks, backend in ((1, "single"), (2, "deepspeed")):
+        folder = tmp_path / backend
+        resumed = (backend, checkpoint, mixture, folder, tmp_path / "a" / "0000003")
+        run_on_ranks(ranks, frozen_vit, tmp_path / f"r{ranks}", *resumed)
+        found, expected = (
+            load_file(f / "model.safetensors") for f in (folder / "0000004", resumed[-1])
+        )
+        for name in (name for name in expected if name.startswith("vit_model.")):
+            assert torch.equal(found[name], expected[name]), (backend, name)
+
+
+def frozen_vit(rank, backend, checkpoint, mixture, run, step) -> None:
+    more = {"resume_from": step, "resume_model_optimizer": False, "total_steps": 4}
+    more |= {"freeze_vit": True, "backend": backend}
+    build_trainer(run_arguments(checkpoint, mixture, run, **LORA | more)).fit()
 
 
 def test_without_any_such_projection(checkpoint, mixture, tmp_path):

@@ -176,6 +176,26 @@ def test_every_freeze_flag_moves_the_same_weights_in_each_back_end(checkpoint, m
     assert len({frozenset(moved) for moved in single.values()}) == len(FLAGS)
 
 
+FROZEN: dict[str, dict[str, Any]] = {
+    "llm": {"freeze_llm": True},
+    "lora": {"lora_rank": 3, "activation_checkpointing": True},
+}
+
+
+def two_steps(rank: int, checkpoint: Path, mixture: Path, run: Path) -> None:
+    for name, frozen in FROZEN.items():
+        for backend in ({"backend": "fsdp"}, {"backend": "deepspeed", "zero_stage": 3}):
+            more = {"total_steps": 2} | frozen | backend
+            train(rank, checkpoint, mixture, run / f"{name} {backend['backend']}", **more)
+
+
+def test_zero_3_with_a_frozen_language_model(checkpoint, mixture, tmp_path):
+    """Its head is recomputed in backward."""
+    run_on_ranks(2, two_steps, tmp_path / "ranks", checkpoint, mixture, tmp_path)
+    for name in FROZEN:
+        assert_same_steps(tmp_path / f"{name} deepspeed", tmp_path / f"{name} fsdp", (1, 2))
+
+
 def test_backends_refuse_what_does_not_fit(checkpoint, mixture, tmp_path):
     with (
         process_group(torch.device("cpu"), 60, wanted=True),

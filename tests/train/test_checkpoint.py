@@ -50,6 +50,13 @@ def test_the_newest_are_kept(trainer):
     assert names(trainer.run) == ["0000002", "0000003"]
 
 
+def test_what_is_saved_after_a_step_back_is_kept(trainer):
+    """A run that passes over damaged steps counts from the step that it goes on from."""
+    for trainer.step in (4, 6, 1, 2, 3):
+        trainer.save()
+    assert names(trainer.run) == ["0000002", "0000003", "0000004", "0000006"]
+
+
 @pytest.mark.parametrize("stage", ["save_settings", "save_file", "write_manifest"])
 def test_a_save_that_is_cut_off_leaves_the_step_before(trainer, monkeypatch, stage):
     trainer.step = 1

@@ -128,6 +128,8 @@ def test_which_folder_a_run_continues_from(finished, checkpoint, mixture, tmp_pa
     assert folder(own, resume_from=finished / "0000004") == own / "0000002"
     with pytest.raises(ValueError, match="contradict each other: drop resume_from"):
         folder(finished, resume_from=finished / "0000002")
+    with pytest.raises(ValueError, match="is no step folder of a run; .* --resume_model_only True"):
+        folder(tmp_path / "new", resume_from=checkpoint)
 
 
 def test_a_damaged_checkpoint_is_not_resumed(finished, checkpoint, mixture, tmp_path):
@@ -155,6 +157,7 @@ def test_resuming_with_other_trained_weights_is_refused(finished, checkpoint, mi
         build_trainer(run_arguments(checkpoint, mixture, tmp_path, freeze_vit=True))
     settings = {"freeze_vit": True, "resume_model_optimizer": False}
     elsewhere = {"resume_from": tmp_path / "0000002", **settings}
+    (tmp_path / "0000002" / "optimizer.safetensors").unlink()  # is not read
     trainer = build_trainer(run_arguments(checkpoint, mixture, tmp_path / "new", **elsewhere))
     assert trainer.step == 2 and trainer.backend.steps() == 0
 

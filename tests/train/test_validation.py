@@ -17,7 +17,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from data.config import load_mixture
-from data.images import ImageError, to_uint8
+from data.images import ImageError, to_image
 from data.tokenizer import Tokenizer
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.context import Context
@@ -155,7 +155,7 @@ def restored_by_hand(model: Bagel, task: Any, degraded: Image.Image, record: Any
     grid = height // 4, width // 4
     noise = torch.randn(grid[0] * grid[1], 16, generator=torch.Generator().manual_seed(SEED))
     job = ImageJob(context, noise, grid, SamplingConfig(num_timesteps=TIMES))
-    return to_uint8(decode_images(model, sample_latents([job]), [grid])[0])
+    return np.asarray(to_image(decode_images(model, sample_latents([job]), [grid])[0]))
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -172,7 +172,7 @@ def test_restorations_are_those_of_the_averages(checkpoint, tasks, tmp_path, bf1
         rule = pair.prompts.vae_rule
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             image = restored_by_hand(averaged, pair.prompts, pair.degraded, pair.record)
-        truth, size = to_uint8(rule(pair.truth)), rule.size(*pair.degraded.size)
+        size, truth = rule.size(*pair.degraded.size), np.asarray(to_image(rule(pair.truth)))
         degraded = np.asarray(pair.degraded.resize(size, Image.Resampling.NEAREST))
         numbers = [
             f(truth, x, data_range=255, **more)
