@@ -143,6 +143,7 @@ class StopRequest:
         self.received = False
 
     def __enter__(self) -> "StopRequest":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a parent may have blocked them
         self.before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
 
