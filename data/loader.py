@@ -7,11 +7,13 @@ does not depend on W as long as W times the accumulated micro-batches stays the 
 import copy
 import multiprocessing
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import count, product, zip_longest
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ WAY_OUT = (
     "take the weights alone into a new run: --resume_from with --resume_model_only True and "
     "another checkpoint_dir"
 )
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Save and end; until it has, the trainer needs its workers."""
 
 
 class PackedLoader:
@@ -185,7 +189,14 @@ class PackedLoader:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # so that the global one is left alone
         )
-        return iter(loader)
+        # Processes that begin here get no signal that is sent to the whole group of the trainer.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        resource_tracker.ensure_running()  # which unblocks SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            return iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def joined_states(states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -210,11 +221,15 @@ def joined_states(states: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def end_with_the_parent(_: int) -> None:
-    """Begins a worker. Torch ends it with its parent, the server, which outlives a SIGKILL."""
+    """Begins a worker, to end with its trainer (torch's own watch is on the server) or by it."""
     trainer = multiprocessing.parent_process()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def wait() -> None:
-        trainer.join()  # type: ignore[union-attr]
+        while trainer.is_alive():  # type: ignore[union-attr]
+            sent = signal.sigtimedwait(STOP_SIGNALS, 1.0)
+            if sent and sent.si_pid == trainer.pid:  # type: ignore[union-attr]
+                break
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -149,6 +149,25 @@ def signalled(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+def slow_batches(seconds: float) -> None:
+    """Each takes so much longer to arrive."""
+    take = PackedLoader.next_batch
+
+    def slow(self: PackedLoader) -> PackedBatch:
+        time.sleep(seconds)
+        return take(self)
+
+    PackedLoader.next_batch = slow  # type: ignore[method-assign]
+
+
+def kills_children(name: str) -> None:
+    """SIGKILL of the processes with `name` in their command that this one has started."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        for child in children.read_text().split():
+            if name in Path(f"/proc/{child}/cmdline").read_text():
+                os.kill(int(child), signal.SIGKILL)
+
+
 def leaves_a_child_and_sleeps(told: Path) -> None:
     """Forks a child that inherits all open files, and writes its process id."""
     if child := os.fork():

@@ -125,9 +125,9 @@ def test_file_names_hold_no_versions():
 
 
 def test_no_error_is_caught_unnamed():
-    """`except Exception` also catches the mistakes of the code inside."""
+    """`except Exception` also catches the mistakes of the code inside, of the sinks on purpose."""
     found = []
-    for path in [*LIBRARY, *SCRIPTS]:
+    for path in {*LIBRARY, *SCRIPTS} - {ROOT / "train" / "sinks.py"}:
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.ExceptHandler):
                 names = (

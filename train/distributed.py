@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.loader import STOP_SIGNALS
+
 STOP_EXIT_CODE = 85
 """Of a run that a signal has stopped after it has saved: start it again."""
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
 LINGER_SECONDS = 1.0
 """How far apart ranks are at most when they raise the same error."""
@@ -147,6 +148,7 @@ class StopRequest:
         self.received = False
 
     def __enter__(self) -> "StopRequest":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a parent may have blocked them
         self.before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from .distributed import all_gather, rank, world_size
-from .sinks import Sink
+from .sinks import Sink, hand_on
 
 FILE_ONLY = (
     *("tokens", "_weighted", "_count", "_images", "_share", "_clamped", "_grad_norm", "_grad_max"),
@@ -26,24 +26,45 @@ FILE_ONLY = (
 SHOWN_IF_ANY = ("nonfinite_steps", "spikes")
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSONL file, none without the file; a line that a kill cut off is left out."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+def read_lines(path: Path, warns: bool = False) -> list[dict[str, Any]]:
+    """Steps of a JSONL file, none without the file; what a kill or a full disk cut is left out."""
+    content = path.read_bytes() if path.exists() else b""
+    lines, torn = [], []
+    for number, text in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            line = json.loads(text)
+            lines.append(line | {"step": int(line["step"])})
+        except (ValueError, TypeError, KeyError):
+            torn.append(f"{path}:{number}")
+    if torn and warns:
+        print(f"WARNING: no JSON of a step, left out: {', '.join(torn)}", flush=True)
+    return lines
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """A resumed run writes those steps again. The file is there afterwards."""
+    """A resumed run writes those steps again. The file is there afterwards, with whole lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = [line for line in read_lines(path) if line["step"] <= step]
+    kept = [line for line in read_lines(path, warns=True) if line["step"] <= step]
     whole = path.with_suffix(".part")
     whole.write_text("".join(json.dumps(line) + "\n" for line in kept))
     whole.replace(path)
 
 
 def append_line(path: Path, step: int, values: Mapping[str, float]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps({"step": step} | dict(values)) + "\n")
+    line = json.dumps({"step": step} | dict(values)) + "\n"
+    with path.open("ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        torn = file.read() not in (b"", b"\n")  # a full disk takes the first part of a line
+        file.write(b"\n" * torn + line.encode())
+
+
+@contextmanager
+def optional(path: Path, step: int) -> Iterator[None]:
+    """Around what writes of a step alone: on a full disk that is lost and told, the run is not."""
+    try:
+        yield
+    except OSError as error:
+        print(f"WARNING: step {step} is not in {path}: {error}", flush=True)
 
 
 class Metrics:
@@ -85,8 +106,7 @@ class Metrics:
 
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
-        for sink in self.sinks:
-            sink.close()
+        hand_on(self.sinks, "close")
 
     def _reset(self) -> None:
         self.sums: dict[str, Tensor | float] = {}
@@ -124,19 +144,15 @@ class Metrics:
     def wait(self) -> Iterator[None]:
         """Around what waits for data; `data_wait_share` is its share of the time."""
         start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.waited += time.perf_counter() - start
+        yield
+        self.waited += time.perf_counter() - start
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Around what is no training, as validation: its time does not count."""
         start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.start += time.perf_counter() - start
+        yield
+        self.start += time.perf_counter() - start
 
     def log(self, step: int) -> dict[str, float]:
         """Writes and returns the averages over all ranks, which all have to call it.
@@ -181,12 +197,9 @@ class Metrics:
     def _write(self, step: int, line: Mapping[str, float]) -> None:
         if not self.writes:
             return
-        try:
+        with optional(self.path, step):
             append_line(self.path, step, line)
-            for sink in self.sinks:
-                sink.scalars(step, {f"train/{name}": value for name, value in line.items()})
-        except OSError as error:  # a full disk: the line is lost, the run is not
-            print(f"WARNING: step {step} is not logged: {error}", flush=True)
+        hand_on(self.sinks, "scalars", step, {f"train/{name}": line[name] for name in line})
         names = [n for n in line if "/" not in n and not n.endswith(FILE_ONLY)]
         names = [n for n in names if line[n] or n not in SHOWN_IF_ANY]
         shown = "  ".join(f"{n} {line[n]:.3g}" for n in names)

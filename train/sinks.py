@@ -4,7 +4,8 @@ Names are tags: `train/<name>` of a log line, `val/<name>` of a validation.
 """
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,23 @@ PROJECT = "bagel-restore"
 class Sink:
     """Takes numbers and RGB images by tag; what a sink has no use for it leaves out."""
 
+    works = True  # until it has raised an error
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
     def image(self, step: int, tag: str, image: Image.Image) -> None: ...
     def close(self) -> None: ...
+
+
+def hand_on(sinks: Iterable[Sink], method: str, *values: Any) -> None:
+    """Calls all that work. One that fails is told of once and closed: it must not end the run."""
+    for sink in filter(lambda sink: sink.works, sinks):
+        try:
+            getattr(sink, method)(*values)
+        except Exception as error:  # noqa: BLE001 - code of others, which raises what it likes
+            sink.works = False
+            print(f"WARNING: {type(sink).__name__} gets nothing more: {error!r}", flush=True)
+            with suppress(Exception):
+                sink.close()
 
 
 class TextLog(Sink):
@@ -64,8 +79,8 @@ class TensorBoard(Sink):
 class WandB(Sink):
     """Weights & Biases. The run's id stands in `<run>/wandb_id.txt`, so that it can go on.
 
-    Nothing but the values is stored: no code, no command line, no console. Steps that a resumed
-    run repeats stay as they were.
+    Beside the values it stores its versions and the platform: no code, command line, console,
+    package list, host name or statistics. Steps that a resumed run repeats stay as they were.
     """
 
     def __init__(self, folder: Path, name: str, offline: bool) -> None:
@@ -76,20 +91,15 @@ class WandB(Sink):
         if not path.exists():
             path.write_text(uuid.uuid4().hex[:12])
         quiet = wandb.Settings(console="off", disable_git=True, disable_code=True, silent=True)
-        quiet.x_disable_meta = True
+        quiet.x_disable_meta = quiet.x_disable_stats = quiet.x_disable_machine_info = True
+        quiet.x_save_requirements, quiet.host = False, ""
+        own: dict[str, Any] = {"project": PROJECT, "name": name, "id": path.read_text()}
+        own |= {"dir": folder, "mode": "offline" if offline else "online"}
         try:
-            self.run: Any = wandb.init(
-                project=PROJECT,
-                name=name,
-                id=path.read_text(),
-                resume="allow",
-                dir=folder,
-                mode="offline" if offline else "online",
-                settings=quiet,
-            )
+            self.run: Any = wandb.init(**own, resume="allow", settings=quiet)
         except wandb.Error as error:
-            told = " ".join(str(error).split())
-            raise ValueError(f"enable_wandb: {told} (or set wandb_offline)") from error
+            told = f"enable_wandb: {' '.join(str(error).split())} (or set wandb_offline)"
+            raise ValueError(told) from error
         self.picture = wandb.Image
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -119,9 +129,6 @@ def build_sinks(args: TrainingArguments, folder: Path, first_step: int) -> list[
             if build:
                 sinks.append(build())
         except ImportError as error:
-            print(
-                f"WARNING: enable_{extra}: {error}; training goes on without "
-                f"(pip install '{PROJECT}[{extra}]')",
-                flush=True,
-            )
+            told = f"{error}; training goes on without (pip install '{PROJECT}[{extra}]')"
+            print(f"WARNING: enable_{extra}: {told}", flush=True)
     return sinks

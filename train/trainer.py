@@ -83,8 +83,7 @@ class Trainer:
                     freezing.after_step()
                 self.watch.alive()
                 last = self.step == args.total_steps
-                events = float(stop.received), float(self.saver.failed)
-                stopped, failed = sum_over_ranks([*events])
+                stopped, failed = sum_over_ranks([float(stop.received), float(self.saver.failed)])
                 if failed and not self.saver.finish():
                     retry = self.step + args.log_every
                 if self.step % args.log_every == 0 or last or stopped:

@@ -35,8 +35,8 @@ from modeling.batch import PackedBatch, SpecialTokens
 
 from .distributed import all_gather, rank, world_size
 from .ema import EMA
-from .metrics import append_line, drop_lines_after
-from .sinks import Sink
+from .metrics import append_line, drop_lines_after, optional
+from .sinks import Sink, hand_on
 
 ERROR_GAIN = 4
 """Brightness of the error in previews over its size in the image."""
@@ -213,17 +213,17 @@ class Validation:
         sinks: Sequence[Sink],
     ) -> None:
         path, folder = self.run_folder / "validation.jsonl", self.run_folder / "validation"
-        folder.mkdir(parents=True, exist_ok=True)
-        drop_lines_after(path, step - 1)
-        append_line(path, step, values)
-        for sink in sinks:
-            sink.scalars(step, values)
+        with optional(path, step):
+            drop_lines_after(path, step - 1)
+            append_line(path, step, values)
+        hand_on(sinks, "scalars", step, values)
         for task, results in by_task.items():
             preview = _preview([result.images for result in results])
             name = re.sub(r"[^\w-]+", "_", task)
-            preview.save(folder / f"{step:07d}_{name}.png")
-            for sink in sinks:
-                sink.image(step, f"val/{task}", preview)
+            with optional(folder, step):
+                folder.mkdir(parents=True, exist_ok=True)
+                preview.save(folder / f"{step:07d}_{name}.png")
+            hand_on(sinks, "image", step, f"val/{task}", preview)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         print(f"validation at step {step}  {shown}", flush=True)
 

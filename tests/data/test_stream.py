@@ -191,6 +191,19 @@ def test_a_worker_that_is_killed_is_named(checkpoint, two_sets, reference):
     assert digests(packs, 2) == reference[taken : taken + 2]  # a new worker goes on
 
 
+def test_workers_end_at_a_signal_of_their_trainer_alone(checkpoint, two_sets, reference):
+    packs = loader(checkpoint, two_sets, num_workers=1, prefetch_factor=1)
+    before = {child.pid for child in multiprocessing.active_children()}
+    assert digests(packs, 1) == reference[:1]
+    (worker,) = (c for c in multiprocessing.active_children() if c.pid not in before)
+    for name in ("TERM", "USR1"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    assert digests(packs, 3) == reference[1:4] and worker.is_alive()
+    worker.terminate()  # torch does so with a worker that does not end in time
+    worker.join(5)
+    assert worker.exitcode == 1
+
+
 def record(width: Any, height: Any, text: str, answer: str | None = None) -> str:
     image = [{"path": "absent.png", "width": width, "height": height}]
     said = [{"from": "human", "value": text}]

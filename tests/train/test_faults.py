@@ -31,7 +31,7 @@ from tests.helpers import run_arguments
 from train.backends import Backend
 from train.build import build_trainer, resume_folder
 from train.checkpoint import step_folders, verify
-from train.distributed import STOP_EXIT_CODE, HangWatch
+from train.distributed import STOP_EXIT_CODE, STOP_SIGNALS, HangWatch
 from train.guard import Guard
 from train.trainer import Trainer
 
@@ -571,6 +571,50 @@ def test_every_dtype_gives_the_same_losses(common, weights, exact, tmp_path, cas
         for name in ("ce", "mse", "pixel", "ssim"):
             assert line[name] == pytest.approx(right[name], rel=0.02), name
         assert line["total_norm"] == pytest.approx(right["total_norm"], rel=0.05)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.5, 4.0])
+def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(common, tmp_path, seconds):
+    """As timeout, systemd and Slurm send it, also while the workers start or the run saves."""
+    # Most of a step is waiting for batches, so the trainer needs more of them after the signal.
+    endless = {"total_steps": 10_000, "save_every": 10_000, "gradient_accumulation_steps": 16}
+    started = []
+    for workers in (1, 2):
+        begun = tmp_path / f"begun{workers}"
+        faults = os.setsid, partial(faulty.at, 0, begun.touch), partial(faulty.slow_batches, 0.1)
+        process = start(common, tmp_path / f"{workers}", *faults, num_workers=workers, **endless)
+        started.append((process, begun, tmp_path / f"{workers}"))
+    for (process, begun, _), number in zip(started, STOP_SIGNALS, strict=True):
+        until(begun.exists)
+        time.sleep(seconds)
+        for _ in range(3):
+            os.killpg(process.processes[0].pid, number)
+            time.sleep(0.02)
+    for process, _, run in started:
+        assert process.codes() == [STOP_EXIT_CODE], process.texts()
+        (step,) = names(run)
+        assert f"a signal came; saved at step {step}" in process.texts()[0]
+        verify(run / f"{step:07d}")
+        until(lambda log=process.logs[0]: not writers(log))  # no worker outlives its trainer
+
+
+def test_a_log_that_breaks_ends_no_run(common, tmp_path):
+    """W&B's process is killed, and there is no place for the lines of a validation."""
+    run = tmp_path / "run"
+    (run / "validation.jsonl").mkdir(parents=True)
+    fault = partial(faulty.at, 1, partial(faulty.kills_children, "wandb-core"))
+    more = {"total_steps": 40, "save_every": 40, "enable_wandb": True, "wandb_offline": True}
+    more |= {"val_every": 20, "val_dataset_config_file": common[1], "val_steps": 1}
+    codes, (text,) = ended(common, run, fault, val_images=1, **more)
+    assert codes == [0], text
+    warnings = [line for line in text.splitlines() if line.startswith("WARNING: ")]
+    broken, *lost = [x for x in warnings if "WandB" in x or "validation.jsonl" in x]
+    assert re.fullmatch("WARNING: WandB gets nothing more: .+", broken)
+    place = re.escape(str(run / "validation.jsonl"))
+    for step, line in zip((20, 40), lost, strict=True):
+        assert re.fullmatch(rf"WARNING: step {step} is not in {place}: .*directory.*", line)
+    assert [line["step"] for line in lines(run)] == list(range(1, 41)) and names(run) == [40]
+    assert len([*(run / "validation").glob("00000[24]0_*.png")]) == 2
 
 
 def test_a_signal_to_torchrun_saves_and_ends_with_its_code(common, tmp_path):

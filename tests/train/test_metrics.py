@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import resource
 import struct
 import sys
 import time
@@ -24,8 +25,8 @@ import train.metrics
 from modeling.batch import AnswerLabels
 from tests.helpers import pack, restoration, tiny_config, tiny_model
 from train.flops import flops_per_batch, peak_flops
-from train.metrics import Metrics
-from train.sinks import build_sinks
+from train.metrics import Metrics, read_lines
+from train.sinks import Sink, build_sinks
 
 
 def sink_arguments(**changes: Any) -> SimpleNamespace:
@@ -137,6 +138,68 @@ def test_a_resumed_run_writes_its_steps_again(tmp_path):
     assert scalars(tmp_path)["train/mse"] == [(1, 1), (2, 2), (3, 6), (4, 8)]
 
 
+def test_torn_lines_are_left_out_and_told_once(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    whole = [b'{"step": 1, "mse": 1.0}', b'{"step": 3, "mse": 3.0}', b'{"step": 5, "mse": 5.0}']
+    torn = [b'{"step": 2, "ms' + whole[1], b"\0\xff", b'[{"step": 4}]', b'{"mse": 2.0}', b"7"]
+    path.write_bytes(b"\n".join([whole[0], *torn, *whole[1:], b'{"step": 6']))
+    for _ in range(2):
+        Metrics(path, 3, 9)
+        assert path.read_bytes() == b"\n".join([*whole[:2], b""])
+    told = ", ".join(f"{path}:{number}" for number in range(2, 7))
+    assert capsys.readouterr().out == f"WARNING: no JSON of a step, left out: {told}\n"
+
+
+def test_a_full_disk_costs_only_its_lines(tmp_path, capsys):
+    path, limits = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Metrics(path, 0, 4) as metrics:
+        for step in range(1, 5):
+            if step == 2:
+                room = path.stat().st_size + 20
+                resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+            metrics.add("mse", float(step))
+            metrics.log(step)
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert b'\n{"step": 2' in path.read_bytes()
+    assert [(x["step"], x["mse"]) for x in read_lines(path)] == [(1, 1), (3, 3), (4, 4)]
+    assert f"WARNING: step 2 is not in {path}: [Errno 27] File too large" in capsys.readouterr().out
+
+
+class Breaking(Sink):
+    """Takes one line of values; then every call fails."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def scalars(self, step: int, values: Any) -> None:
+        self.calls.append("scalars")
+        if len(self.calls) > 1:
+            raise RuntimeError("no\nconnection")
+
+    def close(self) -> None:
+        self.calls.append("close")
+        raise BrokenPipeError
+
+
+def test_a_sink_that_fails_is_told_of_once_and_closed(tmp_path, capsys):
+    (log,) = build_sinks(sink_arguments(results_dir=str(tmp_path)), tmp_path, 0)
+    breaking, closing = Breaking(), Breaking()
+    with Metrics(tmp_path / "metrics.jsonl", 0, 4, [breaking, log]) as metrics:
+        for step in range(1, 5):
+            metrics.log(step)
+    with Metrics(tmp_path / "other.jsonl", 0, 4, [closing]):
+        pass
+    assert breaking.calls == ["scalars", "scalars", "close"]
+    assert closing.calls == ["close", "close"]
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 4
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 4
+    told = [x for x in capsys.readouterr().out.splitlines() if not x.startswith("step")]
+    assert told == [
+        "WARNING: Breaking gets nothing more: RuntimeError('no\\nconnection')",
+        "WARNING: Breaking gets nothing more: BrokenPipeError()",
+    ]
+
+
 def test_tensorboard_and_text_log_hold_every_number(tmp_path):
     arguments = sink_arguments(enable_tensorboard=True, results_dir=str(tmp_path / "results"))
     sinks = build_sinks(arguments, tmp_path / "run", 0)
@@ -175,14 +238,17 @@ def test_wandb_offline_holds_the_values(tmp_path, monkeypatch):
     sinks = build_sinks(arguments, tmp_path, 0)
     first, second = two_lines(Metrics(tmp_path / "metrics.jsonl", 0, 9, sinks))
     wandb.teardown()  # waits for the last write, as the end of a process does
-    rows, runs = {}, []
+    rows, runs, kinds = {}, [], set()
     for record in wandb_records(tmp_path):
+        kinds.add(record.WhichOneof("record_type"))
         if record.HasField("run"):
             runs.append(record.run)
         if record.HasField("history"):
             items = record.history.item
             row = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
             rows[row["_step"]] = row
+    assert kinds == {"header", "run", "telemetry", "history", "summary", "exit"}
+    assert [*tmp_path.rglob("files/*")] == [] and runs[0].host == ""
     assert runs[0].display_name == "of_the_run"
     assert runs[0].run_id == (tmp_path / "wandb_id.txt").read_text()
     for step, line in ((2, first), (3, second)):
