@@ -140,7 +140,7 @@ def test_the_training_guide_names_what_exists():
     names = {*re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+)+)`", page)}
     assert len(names) > 50
     assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
-    options = {*re.findall(r" --([a-z_]+)", page)} - {"help", "out", "config", "nodes"}
+    options = {*re.findall(r" --([a-z_]+)", page)} - {"help", "out", "config", "nodes", "preserve"}
     assert options <= TYPES.keys() | {"gpus"}
     files = re.findall(r"(?:configs|scripts|train|tests)/[\w./-]+\w", page)
     assert [file for file in files if not (ROOT / file).exists() and file != "train/NAME"] == []

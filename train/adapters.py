@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from modeling.pretrained import CheckpointError, read_tensors, shapes_of, weight_files
 
 from .arguments import ModelArguments
+from .distributed import first_error, rank, world_size
 
 A, B, BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer"
 
@@ -55,24 +56,30 @@ def initial_adapters(model: nn.Module, seed: int) -> dict[str, Tensor]:
 def require_base(
     folder: Path, base: Mapping[str, Tensor], model: nn.Module, args: ModelArguments
 ) -> None:
-    """Raises CheckpointError unless the adapters of a step folder are those of the model, and on
-    this base make the model that they were saved with, which the first of them is to show."""
+    """Raises CheckpointError on all ranks unless the adapters of a step folder are those of the
+    model, and on this base make the model that they were saved with."""
     adapters = read_tensors(weight_files(folder, "adapters", "lora_rank goes on with adapters"))
     own = {name: parameter.shape for name, parameter in model.named_parameters()}
     own = {name: shape for name, shape in own.items() if is_adapter(name)}
     if shapes_of(adapters) != own:
         raise CheckpointError(f"{folder}: has other adapters: check lora_rank and lora_targets")
-    stem = next(name for name in adapters if name.endswith(A)).removesuffix(A)
-    name = f"{stem}.weight"
-    saved = read_tensors(weight_files(folder, "model"))[name]
-    found = merged(base[name].float(), adapters[stem + A], adapters[stem + B], args)
-    if not torch.allclose(found, saved.float(), rtol=1e-4, atol=1e-6):
-        raise CheckpointError(
-            f"{folder}: its adapters began on another base ({name} differs): check model_path, "
-            "finetune_from_ema and lora_alpha"
-        )
+    saved = read_tensors(weight_files(folder, "model"))
+    stems = [name.removesuffix(A) for name in adapters if name.endswith(A)]
+    error = None
+    for stem in stems[rank() :: world_size()]:
+        weight, pair = base[name := f"{stem}.weight"], (adapters[stem + A], adapters[stem + B])
+        if weight.is_meta:  # of a dry run
+            continue
+        # DeepSpeed keeps frozen weights in bfloat16.
+        made = (merged(kept, *pair, args) for kept in (weight, weight.bfloat16()))
+        if not any(torch.allclose(whole, saved[name], rtol=1e-4, atol=1e-6) for whole in made):
+            error = CheckpointError(
+                f"{folder}: its adapters began on another base ({name} differs): check "
+                "model_path, finetune_from_ema and lora_alpha"
+            )
+    first_error(error)
 
 
 def merged(base: Tensor, a: Tensor, b: Tensor, args: ModelArguments) -> Tensor:
     """base + alpha / rank * B A, in float32."""
-    return (base.float() + args.lora_alpha / args.lora_rank * (b.float() @ a.float())).to(base)
+    return base.float() + args.lora_alpha / args.lora_rank * (b.float() @ a.float())

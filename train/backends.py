@@ -38,7 +38,7 @@ from modeling.pretrained import read_json
 
 from .adapters import is_adapter
 from .arguments import TrainingArguments
-from .distributed import all_reduce, processes_per_node, rank, world_size
+from .distributed import all_gather, all_reduce, processes_per_node, rank, world_size
 from .optim import GROUPS, base_lr, group_of
 
 Tensors = Mapping[str, Tensor]
@@ -394,10 +394,16 @@ def deepspeed_config(args: TrainingArguments, device: torch.device) -> dict[str,
     if not path.exists():
         raise ValueError(f"ds_config_file={path}: there is no such file")
     text = json.dumps(read_json(path))
-    config = json.loads(text, object_hook=lambda d: {k: v for k, v in d.items() if v != "auto"})
+    unsaid = ("auto", None)
+    config = json.loads(text, object_hook=lambda d: {k: v for k, v in d.items() if v not in unsaid})
     config["zero_optimization"] = zero | config.get("zero_optimization", {})
-    if config.get("fp16", {}).get("enabled"):
-        raise ValueError(f"{path}: fp16 is not supported: drop it and set the run's bf16")
+    for key in ("fp16", "amp"):
+        if config.get(key, {}).get("enabled"):
+            raise ValueError(f"{path}: {key} is not supported: drop it and set the run's bf16")
+    for key in ("optimizer", "scheduler"):
+        if config.pop(key, {}).get("params"):
+            raise ValueError(f"{path}: {key} is the run's own (lr, beta1, ...): drop it")
+    config.pop("steps_per_print", None)
     for key, value in ours.items():
         if config.get(key, value) not in (value, {}):
             raise ValueError(f"{path}: {key}={config[key]!r} has to be {value!r} or left out")
@@ -414,6 +420,8 @@ def _no_moments(master: Tensor, steps: float) -> dict[str, Tensor]:
 def make_mesh(device_type: str, args: TrainingArguments) -> DeviceMesh:
     """Ranks as (replicate, shard). Raises ValueError when they do not make a whole mesh."""
     shape = mesh_shape(args, world_size())
+    if len({*all_gather(shape)}) > 1:
+        raise ValueError("nodes of different numbers of processes: set num_shard and num_replicate")
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 

@@ -162,6 +162,8 @@ def start(args: RunArguments, folder: Path | None) -> tuple[Path, Start]:
         base, weights = read_json(folder / "trainer_state.json").get("base", ("", ""))
         if weights in ("ema", "model") and Path(base).is_dir():
             return Path(base), weights
+        if rank() == 0:
+            print(f"WARNING: the base of {folder}'s adapters is not in {base}/", flush=True)
     if training.resume_from is not None and training.resume_model_only:
         model_path = training.resume_from
     elif not training.finetune_from_hf:

@@ -227,6 +227,8 @@ class Saver:
         self.given_up = threading.Event()
         self.failures = 0
         """In a row."""
+        self.passed_over: set[str] = set()
+        """Damaged step folders: they do not count among those that are kept."""
 
     @property
     def failed(self) -> bool:
@@ -321,8 +323,8 @@ class Saver:
         if final.exists():
             _drop(final)
         staging.rename(final)
-        # Folders of later steps are damaged: else the run would have gone on from there.
-        folders = [f for f in step_folders(self.run) if int(f.name) <= int(final.name)]
+        self.passed_over.discard(final.name)
+        folders = [f for f in step_folders(self.run) if f.name not in self.passed_over]
         best = self.trainer.best_steps([int(folder.name) for folder in folders])
         for old in folders[: -self.args.max_checkpoints]:
             if int(old.name) not in best:

@@ -34,7 +34,7 @@ def read_lines(path: Path, warns: bool = False) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
             lines.append(line | {"step": int(line["step"])})
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             torn.append(f"{path}:{number}")
     if torn and warns:
         print(f"WARNING: no JSON of a step, left out: {', '.join(torn)}", flush=True)

@@ -25,6 +25,7 @@ from modeling.bagel.bagel import Bagel
 from modeling.batch import PackedBatch
 from modeling.pretrained import MANIFEST, LoadReport, read_json, verify_manifest
 
+from .adapters import require_base
 from .arguments import RunArguments
 from .backends import backend_name, deepspeed_config, mesh_shape
 from .build import build_loader, configure, open_model, resume_folder, start
@@ -141,8 +142,10 @@ def find_model(found: Findings) -> None:
     source, weights = start(args, found.folder)
     # Random weights would take the memory of the whole model.
     with torch.device("meta") if weights == "random" else nullcontext():
-        model, _, found.report = open_model(args, source, weights, check, True)
+        model, tensors, found.report = open_model(args, source, weights, check, True)
     found.weights = configure(model, args)
+    if found.folder is not None and args.model.lora_rank > 0:
+        require_base(found.folder, tensors, model, args.model)
     found.source, found.model = source, model
 
 

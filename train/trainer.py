@@ -13,7 +13,7 @@ from modeling.batch import PackedBatch
 
 from .arguments import RunArguments
 from .backends import Backend
-from .checkpoint import Saver
+from .checkpoint import Saver, step_folders
 from .distributed import HangWatch, StopRequest, rank, sum_over_ranks
 from .ema import EMA
 from .flops import batch_totals, peak_flops
@@ -67,6 +67,8 @@ class Trainer:
         args, retry = self.args.training, 0
         if self.step >= args.total_steps and rank() == 0:
             print(f"nothing to do: step {self.step} of total_steps={args.total_steps}", flush=True)
+        # Had they not been damaged, the run would have gone on from them.
+        self.saver.passed_over = {f.name for f in step_folders(self.run) if int(f.name) > self.step}
         freezing = FreezingCheck(self.backend) if args.validate_freezing else None
         sinks = build_sinks(args, self.run, self.step)
         peak = peak_flops(self.backend.device, args.peak_tflops)

@@ -250,7 +250,7 @@ def test_absent_weights_list_the_files_there(folder, weights, other):
     message = failure(folder, weights)
     assert f"{weights}.safetensors not found" in message
     assert f"{other}.safetensors" in message and "llm_config.json" in message
-    assert "model.safetensors by --finetune_from_ema False (training) or" in message
+    assert "training reads model.safetensors, or by --finetune_from_ema True" in message
     assert load_pretrained(folder, other)[1].weights == other
 
 

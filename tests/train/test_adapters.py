@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from modeling.pretrained import CheckpointError, load_pretrained
 from tests.helpers import run_arguments
@@ -105,6 +105,34 @@ def test_adapters_go_on_with_the_base_that_they_began_on(checkpoint, mixture, tm
     base.rename(base := tmp_path / "moved")
     with pytest.raises(CheckpointError, match="began on another base .*: check model_path, fine"):
         run("moved_model", **step)
+    # A base whose generation expert alone has been trained meanwhile.
+    tensors = load_file(base / "ema.safetensors")
+    stem = "language_model.model.layers.1.self_attn.v_proj_moe_gen"
+    tensors[f"{stem}.weight"] *= 1.01
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    (base / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=rf"began on another base \({stem}.weight differs"):
+        run("expert", **step)
+
+
+def test_adapters_on_a_base_in_bfloat16(checkpoint, mixture, tmp_path):
+    """As DeepSpeed has it. Merged it is float32: rounded again it would lose small adapters."""
+    more = LORA | {"backend": "deepspeed", "bf16": True, "lr": 1e-4}
+    for steps in (2, 3):
+        resumed = (checkpoint, mixture, tmp_path / "run", more | {"total_steps": steps})
+        run_on_ranks(2, with_settings, tmp_path / f"r{steps}", *resumed)
+    folder = tmp_path / "run" / "0000003"
+    saved, adapters = (load_file(folder / f"{s}.safetensors") for s in ("model", "adapters"))
+    start = load_file(checkpoint / "model.safetensors")
+    stem = "language_model.model.layers.1.self_attn.v_proj_moe_gen"
+    a, b = (adapters[f"{stem}.lora_{x}.default.weight"] for x in "AB")
+    added = saved[f"{stem}.weight"] - start[f"{stem}.weight"].bfloat16()
+    torch.testing.assert_close(added, 2.0 * b @ a, rtol=1e-2, atol=1e-7)
+    assert (b @ a).abs().max() > 1e-5
+
+
+def with_settings(rank, checkpoint, mixture, run, settings) -> None:
+    build_trainer(run_arguments(checkpoint, mixture, run, **settings)).fit()
 
 
 def test_frozen_weights_come_from_the_step_that_goes_on(checkpoint, mixture, tmp_path):

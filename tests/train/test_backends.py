@@ -208,6 +208,9 @@ def test_backends_refuse_what_does_not_fit(checkpoint, mixture, tmp_path):
     ("content", "message"),
     [
         ({"fp16": {"enabled": True}}, "fp16 is not supported: drop it and set the run's bf16"),
+        ({"amp": {"enabled": True}}, "amp is not supported"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1}}}, "optimizer is the run's own (lr,"),
+        ({"scheduler": {"params": {"warmup_max_lr": 1}}}, "scheduler is the run's own (lr,"),
         ({"train_batch_size": 8}, "train_batch_size=8 has to be None or left out"),
         ({"gradient_predivide_factor": 4.0}, "gradient_predivide_factor=4.0 has to be 1.0 or left"),
         ({"prescale_gradients": True}, "prescale_gradients=True has to be False or left out"),
@@ -232,6 +235,9 @@ AUTO = {
     "gradient_clipping": "auto",
     "bf16": {"enabled": "auto"},
     "fp16": {"enabled": "auto", "loss_scale": 0},
+    "amp": None,
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
+    "steps_per_print": 2000,
     "zero_optimization": {
         "stage": 2,
         "reduce_bucket_size": "auto",

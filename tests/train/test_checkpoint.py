@@ -51,10 +51,17 @@ def test_the_newest_are_kept(trainer):
 
 
 def test_what_is_saved_after_a_step_back_is_kept(trainer):
-    """A run that passes over damaged steps counts from the step that it goes on from."""
-    for trainer.step in (4, 6, 1, 2, 3):
+    """Damaged folders that a run has passed over do not count, until they are good again."""
+    args = trainer.args.training
+    for trainer.step in (4, 6):
         trainer.save()
+    trainer.step, args.total_steps = 1, 3
+    args.save_every, args.auto_resume = 1, True
+    trainer.fit()
     assert names(trainer.run) == ["0000002", "0000003", "0000004", "0000006"]
+    for trainer.step in (5, 6, 7):
+        trainer.save()
+    assert names(trainer.run) == ["0000004", "0000006", "0000007"]
 
 
 @pytest.mark.parametrize("stage", ["save_settings", "save_file", "write_manifest"])

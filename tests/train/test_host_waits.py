@@ -24,7 +24,7 @@ WAITS = {
 }
 """Operations whose result, or its size, the host must know."""
 MODES = ("note", "__torch_dispatch__", "__torch_function__")
-EXPECTED = {("train/trainer.py", "warn_if_untrained"): "a warning that may come in step 0 only"}
+EXPECTED = {("train/telemetry.py", "warn_if_untrained"): "a warning that may come in step 0 only"}
 """Where a step may wait, and why."""
 
 
