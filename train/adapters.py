@@ -1,18 +1,21 @@
 """LoRA (Hu et al. 2021) on the language model's projections, by peft; merged when saved."""
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from modeling.bagel.qwen2_navit import GEN
 from modeling.pretrained import CheckpointError, read_tensors, shapes_of, weight_files
 
 from .arguments import ModelArguments
 from .distributed import first_error, rank, world_size
 
 A, B, BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer"
+LAYERS = "language_model.model.layers"
 
 
 def add_adapters(model: nn.Module, args: ModelArguments) -> None:
@@ -24,12 +27,16 @@ def add_adapters(model: nn.Module, args: ModelArguments) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError("lora_rank needs: pip install 'bagel-restore[lora]'") from error
-    targets = "|".join(name.strip() for name in args.lora_targets.split(","))
+    names = [name.strip() for name in args.lora_targets.split(",")]
+    there = {name.rpartition(".")[2] for name, _ in model.get_submodule(LAYERS).named_modules()}
+    if absent := [name for name in names if name and name not in there]:
+        raise ValueError(f"lora_targets={args.lora_targets}: no such projection: {absent}")
+    targets = "|".join(names)
     config = LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=args.lora_dropout,
-        target_modules=rf"language_model\.model\.layers\..*\.({targets})(_moe_gen)?",
+        target_modules=rf"{re.escape(LAYERS)}\..*\.({targets})({GEN})?",
     )
     try:
         inject_adapter_in_model(config, model, low_cpu_mem_usage=True)

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 from .distributed import dead_variables
 
 if TYPE_CHECKING:
-    from .arguments import RunArguments
+    from .arguments import RunArguments, TrainingArguments
 
 FSDP_ONLY = ("num_replicate", "num_shard", "sharding_strategy", "cpu_offload")
 DEEPSPEED_ONLY = ("zero_stage", "ds_config_file")
 FROZEN_WITH = {"und": "llm", "vit": "und", "llm": "", "mot_und": "llm und", "mot_gen": "llm"}
 """Part with a freeze flag -> the other parts whose flag freezes all of it."""
-METRICS = r"ce|mse|pixel|ssim|loss_total|(psnr|ssim)(_input)?/[^\s,]+"
+SWITCHES = {
+    "lora_(alpha|dropout|targets)": "lora_rank",
+    "val_(dataset_config_file|steps|images|num_timesteps)": "val_every",
+}
+"""Pattern of names of arguments -> the argument without which they have no effect."""
 OLD_LAYER_MODULE = "Qwen2MoTDecoderLayer_with_hidden_outputs"
 """Default of former trainers; a class of that name has never existed."""
 
@@ -53,11 +57,6 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (r"\w+_loss_max_t", lambda t: 0 < t <= 1, "is not in (0, 1]"),
     ("beta1|beta2", lambda x: 0 <= x < 1, "is not in [0, 1)"),
     ("ema", lambda x: 0 <= x < 1, "is no decay in [0, 1)"),
-    (
-        "best_metrics",
-        lambda names: bool(re.fullmatch(rf"([\s,]|val/({METRICS})(?![^\s,]))*", names)),
-        "names what is no val/TERM, val/loss_total, val/psnr/TASK or val/ssim/TASK",
-    ),
     ("ssim_window_size", lambda n: n > 0 and n % 2 == 1, "must be odd"),
     ("device", *_one_of("auto", "cpu", "cuda")),
     ("backend", *_one_of("auto", "single", "fsdp", "deepspeed")),
@@ -102,6 +101,14 @@ def settle(args: "RunArguments", docs: dict[str, str]) -> list[str]:
         if holds and name not in sources:
             setattr(group, name, value)
             sources[name] = reason
+    for part in FROZEN_WITH:
+        if getattr(t, own := f"freeze_{part}"):
+            flags = _freezing(t, part)[1:]
+            warnings += [f"{flag} already freezes what {own} would" for flag in flags]
+    for pattern, switch in SWITCHES.items():
+        if not args.flat()[switch]:
+            idle = [name for name in sources if re.fullmatch(pattern, name)]
+            warnings += [f"{name} has no effect without {switch}" for name in idle]
     return [_located(warning, sources) for warning in warnings]
 
 
@@ -167,12 +174,10 @@ def _of_trained_parts(args: "RunArguments") -> Iterator[str]:
     t, model = args.training, args.model
     if t.lr_scheduler == "cosine" and t.min_lr > t.lr:
         yield f"min_lr={t.min_lr} exceeds lr={t.lr}"
-    for part, wholes in FROZEN_WITH.items():
-        own, rate = f"freeze_{part}", getattr(t, f"{part}_lr", None)
-        flags = [f for f in (own, *(f"freeze_{w}" for w in wholes.split())) if getattr(t, f)]
-        if flags and rate is not None:
+    for part in FROZEN_WITH:
+        rate = getattr(t, f"{part}_lr", None)
+        if rate is not None and (flags := _freezing(t, part)):
             yield f"{part}_lr={rate} has nothing to train with {flags[0]}=True"
-        yield from (f"{f} already freezes what {own} would" for f in flags[1:] if own in flags)
     if t.llm_lr is not None and (t.mot_und_lr is not None or t.mot_gen_lr is not None):
         yield "llm_lr and mot_und_lr or mot_gen_lr set the rate of the same weights: drop one"
     flags = [f for f in ("freeze_llm", "freeze_mot_und", "freeze_mot_gen") if getattr(t, f)]
@@ -182,12 +187,18 @@ def _of_trained_parts(args: "RunArguments") -> Iterator[str]:
         yield f"lora_rank={model.lora_rank} needs lora_targets"
 
 
+def _freezing(t: "TrainingArguments", part: str) -> list[str]:
+    """The flags that are set and freeze a part, its own first."""
+    flags = (f"freeze_{name}" for name in (part, *FROZEN_WITH[part].split()))
+    return [flag for flag in flags if getattr(t, flag)]
+
+
 def _of_scale(args: "RunArguments") -> Iterator[str]:
     t, data, sources = args.training, args.data, args.sources
     own = {"single": (), "deepspeed": DEEPSPEED_ONLY}.get(t.backend, FSDP_ONLY)
     for name in (*FSDP_ONLY, *DEEPSPEED_ONLY):
         value = getattr(t, name)
-        if name in sources and name not in own and value not in (None, False):
+        if name in sources and name not in own and value not in (None, getattr(type(t), name)):
             needed = "fsdp" if name in FSDP_ONLY else "deepspeed"
             yield f"{name}={value} needs backend={needed}, not {t.backend}"
     if t.ds_config_file is not None and "zero_stage" in sources:

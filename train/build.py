@@ -38,7 +38,7 @@ from .guard import Guard
 from .optim import apply_freeze_plan
 from .telemetry import Telemetry
 from .trainer import Trainer
-from .validation import Validation, first_pairs
+from .validation import Validation, first_pairs, metric_names
 
 Start = Weights | Literal["parts", "random"]
 Check = Callable[..., None]
@@ -262,6 +262,8 @@ def build_validation(trainer: Trainer) -> Validation:
     tokenizer = Tokenizer(trainer.source)
     values = {f.name: getattr(args.data, f.name) for f in fields(LoaderConfig)}
     loader = LoaderConfig(**values | {"num_workers": 0})
+    pairs = first_pairs(mixture, tokenizer, training.val_images)
+    metric_names(training.best_metrics, trainer.weights, pairs)
     packer = replace(
         packer_config(args, model),
         text_cond_dropout_prob=0.0,
@@ -271,7 +273,7 @@ def build_validation(trainer: Trainer) -> Validation:
     return Validation(
         model=model,
         packs=PackedLoader(mixture, loader, packer, tokenizer),
-        pairs=first_pairs(mixture, tokenizer, training.val_images),
+        pairs=pairs,
         weights=trainer.weights,
         run_folder=trainer.run,
         device=trainer.backend.device,

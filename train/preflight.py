@@ -34,7 +34,7 @@ from .distributed import launched_processes
 from .freezing import parameter_lines
 from .memory import OFFLOADED, static_memory, step_memory
 from .optim import fate_of
-from .validation import first_pairs
+from .validation import first_pairs, metric_names
 
 PACKS = 10
 CHECKED_RECORDS = 10_000
@@ -182,7 +182,8 @@ def find_validation(found: Findings, path: str) -> None:
         args.data.dataset_config_file = path
         build_loader(args, found.model, found.source).next_batch()
         mixture = load_mixture(path, args.data.data_root)
-        first_pairs(mixture, Tokenizer(found.source), args.training.val_images)
+        pairs = first_pairs(mixture, Tokenizer(found.source), args.training.val_images)
+        metric_names(args.training.best_metrics, found.weights, pairs)
 
 
 def read_every_data_set(found: Findings, path: str | None) -> None:

@@ -23,7 +23,7 @@ from .metrics import Metrics, read_lines
 from .optim import lr_at
 from .sinks import build_sinks
 from .telemetry import Telemetry, warn_if_untrained
-from .validation import Validation, best
+from .validation import Validation, best, metric_names
 
 
 class Stopped(Exception):
@@ -93,7 +93,6 @@ class Trainer:
                 if self.validation and (self.step % args.val_every == 0 or last):
                     with metrics.pause():
                         self.validation.run(self.step, self.ema, sinks)
-                    self.best_steps([])  # a misspelt metric is found now, not at the first save
                 if self.step % args.save_every == 0 or last or stopped or self.step == retry:
                     with metrics.pause():
                         self.save(wait=bool(last or stopped or not args.async_save))
@@ -134,10 +133,10 @@ class Trainer:
                 metrics.add(name, term.sum, term.count)
                 metrics.add(f"{name}_weighted", self.weights[name] * term.sum, term.count)
             metrics.add_totals(batch_totals(self.model.config, batch, args.freeze_vit))
-            self.telemetry.add(self.step, batch, terms)
+            self.telemetry.add(self.step + 1, batch, terms)
             found.append(terms)
         norm = backend.clip(args.max_grad_norm)
-        skip = self.guard.judge(self.step, norm, micro_batches, found)
+        skip = self.guard.judge(self.step + 1, norm, micro_batches, found)
         self.telemetry.end_step(metrics, backend.device)
         metrics.add("total_norm", norm)
         metrics.add("lr", lr_at(self.step, args.lr, args))
@@ -168,8 +167,8 @@ class Trainer:
         }
         if not present:
             raise ValueError(
-                f"step {self.step}: nothing to train on: no sample of the batch has anything for "
-                f"{', '.join(self.weights)}"
+                f"step {self.step + 1}: nothing to train on: no sample of the batch has anything "
+                f"for {', '.join(self.weights)}"
             )
         return present
 
@@ -182,6 +181,8 @@ class Trainer:
 
     def best_steps(self, saved: Collection[int]) -> set[int]:
         """Of the saved steps the best by each of `best_metrics`."""
-        names = self.args.training.best_metrics.replace(",", " ").split()
-        history = read_lines(self.run / "validation.jsonl") if names else []
-        return set(best(history, names, saved).values())
+        check, text = self.validation, self.args.training.best_metrics
+        if check is None or not text:
+            return set()
+        names = metric_names(text, check.weights, check.pairs)
+        return {*best(read_lines(self.run / "validation.jsonl"), names, saved).values()}

@@ -257,20 +257,30 @@ def _preview(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     return canvas
 
 
+def metric_names(text: str, weights: Iterable[str], pairs: Iterable[Pair]) -> list[str]:
+    """The metrics that `best_metrics` names. Raises ValueError for one that a validation of these
+    terms and pairs does not have."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    kinds = ("psnr", "ssim", "psnr_input", "ssim_input")
+    tasks = {task for pair in pairs for task in (pair.task, "mean")}
+    known = {f"val/{name}" for name in (*weights, "loss_total")}
+    known |= {f"val/{kind}/{task}" for kind in kinds for task in tasks}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"best_metrics: validation has no {name!r}; {nearest(name, known)}")
+    return names
+
+
 def best(
     history: Iterable[Mapping[str, Any]], names: Iterable[str], among: Collection[int] | None = None
 ) -> dict[str, int]:
     """The step with the best finite value of each metric, the first of equals.
 
     `history` are the lines of validation.jsonl, `among` the steps that are allowed (None: all).
-    Metrics without any such step are absent. Raises ValueError for a name in no line.
+    Metrics without any such step are absent.
     """
-    lines = list(history)
-    known = {name for line in lines for name in line if name != "step"}
-    steps: dict[str, int] = {}
+    lines, steps = list(history), dict[str, int]()
     for name in names:
-        if lines and name not in known:
-            raise ValueError(f"best_metrics: validation has no {name!r}; {nearest(name, known)}")
         sign = -1 if name.startswith(HIGHER_IS_BETTER) else 1
         found = [
             (sign * line[name], line["step"])

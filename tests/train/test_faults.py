@@ -356,7 +356,7 @@ def until(holds: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize("backend", ["fsdp", "deepspeed"])
 def test_nan_on_one_rank_skips_the_step_on_all_and_three_end_the_run(common, tmp_path, backend):
-    """Found at a log step: steps count from 0, folders from 1."""
+    """Found at a log step. Steps are told as in the log, from 1; the fault counts from 0."""
     fault = partial(faulty.spoiled_steps, {1, 3, 4, 5}, 1)
     more = {"log_every": 2, "max_nonfinite_steps": 3, "save_every": 1, "max_checkpoints": 9}
     more |= {"backend": backend, "environment": {"DS_BUILD_OPS": "0"}}
@@ -371,11 +371,11 @@ def test_nan_on_one_rank_skips_the_step_on_all_and_three_end_the_run(common, tmp
     assert len(lines(run)) == 2
     warned = next(line for line in texts[0].splitlines() if "not finite, skipped" in line)
     guilty = r"step {0}, rank 1: gradient norm, .*mse.* \(images .*train.jsonl:\d+\)"
-    assert warned.startswith("WARNING: ") and re.search(guilty.format(1), warned)
-    assert not re.search(r"rank 0: .*mse[^)]*\(", warned.split("step 1, rank 1")[0])
+    assert warned.startswith("WARNING: ") and re.search(guilty.format(2), warned)
+    assert not re.search(r"rank 0: .*mse[^)]*\(", warned.split("step 2, rank 1")[0])
     for text in texts:
         (last,) = [line for line in text.splitlines() if line.startswith("error: ")]
-        assert re.search(guilty.format(4), last) and re.search(guilty.format(5), last)
+        assert re.search(guilty.format(5), last) and re.search(guilty.format(6), last)
         assert "max_nonfinite_steps=3 in a row" in last
 
 

@@ -71,5 +71,5 @@ command=(env "NCCL_DEBUG=${NCCL_DEBUG:-WARN}"
   train/main_sr_pixel_loss.py "${trainer[@]}" "${extra[@]}")
 printf -v shown '%q ' "${command[@]}"
 echo "${shown% }"
-[[ ${DRY_RUN:-0} != 1 ]] || exit 0
+[[ ${DRY_RUN:-0} == 0 ]] || exit 0
 exec "${command[@]}"
