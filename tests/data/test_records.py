@@ -96,7 +96,9 @@ def test_null_is_no_entry():
         parse_record(json.dumps(GOOD | {"input_img": None}), "f:1")
 
 
-@pytest.mark.parametrize("side", [10**400, MAX_PIXELS + 1, -5, "3", True])
+@pytest.mark.parametrize(
+    "side", [10**400, MAX_PIXELS + 1, -5, "3", True], ids=lambda side: f"{side!r:.9}"
+)
 def test_a_size_that_no_image_has_is_not_stated(side):
     line = GOOD | {"input_img": [{"path": "a.png", "height": 4, "width": side}]}
     assert parse_record(json.dumps(line), "f:1").inputs[0].size is None
