@@ -4,6 +4,7 @@ import io
 import posixpath
 import re
 import tarfile
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +14,8 @@ import fsspec
 
 Place = Path | str
 """A local path, or a URL."""
+UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, BadZipFile, zlib.error)
+"""What `read_bytes` raises, over damaged archives too."""
 INSIDE = re.compile("(?<=://).*?(?=::|$)")
 """The path of a URL: `bucket/a.jsonl`, `in/a.png`."""
 _archive_system = cache(fsspec.core.url_to_fs)
@@ -68,7 +71,7 @@ def open_binary(where: Place) -> BinaryIO:
 
 
 def read_bytes(where: Place) -> bytes:
-    """Raises as `open_binary` does."""
+    """Raises UNREADABLE."""
     with open_binary(where) as opened:
         return opened.read()
 

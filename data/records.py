@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .volumes import MAX_PIXELS
+
 Size = tuple[int, int]
 """(width, height)"""
 IMAGE_TAG = "<image>"
@@ -140,4 +142,4 @@ def _image(entry: Any, field: str, source: str) -> ImageRef:
 
 def _stated_size(image: dict[str, Any]) -> Size | None:
     width, height = size = image.get("width", 0), image.get("height", 0)
-    return size if all(type(side) is int and side > 0 for side in size) else None
+    return size if all(type(side) is int and 0 < side <= MAX_PIXELS for side in size) else None

@@ -5,7 +5,6 @@ droppable where inference uses guidance: before an image that is drawn, not befo
 """
 
 import json
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -13,13 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, Protocol, TypeVar
-from zipfile import BadZipFile
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .files import NamedBytes, Place, read_bytes, within
+from .files import UNREADABLE, NamedBytes, Place, read_bytes, within
 from .images import ImageError, image_size, read_image, require_one_window
 from .packer import Sample, Segment, TextSegment, VaeSegment, VitSegment
 from .records import IMAGE_TAG, Form, ImageRef, Record, RecordError, Size
@@ -157,9 +155,7 @@ class CounterfactualTask(Task):
     def segments(self, record: Record, look: Look, choice: Random) -> list[Segment]:
         given, target = look(record.inputs[0]), look(record.outputs[0])
         self._require_sizes(record, given, target)
-        said = (
-            text.replace(IMAGE_TAG, "").strip() for who, text in record.messages if who != "gpt"
-        )
+        said = (t.replace(IMAGE_TAG, "").strip() for who, t in record.messages if who != "gpt")
         asked = [self.text(text, droppable=True) for text in said if text]
         segments = [*self._seen(given, droppable=True), *asked, self._target(target)]
         if record.assessment:
@@ -180,7 +176,8 @@ class TextToImageTask(Task):
         return [self.text(caption, droppable=True), self._target(look(record.outputs[0]))]
 
     def _captions(self, record: Record) -> list[str]:
-        found: Any = record.raw.get("captions", record.raw.get("caption", record.instruction))
+        named = record.raw.get("captions"), record.raw.get("caption"), record.instruction
+        found: Any = next(value for value in named if value is not None)
         if isinstance(found, str) and found.lstrip()[:1] in ("{", "["):
             # Else it is a text that begins so: `[CT] axial slice`.
             with suppress(ValueError, RecursionError):
@@ -189,6 +186,8 @@ class TextToImageTask(Task):
         captions = [v for v in values if v] if isinstance(values, list) else [values]
         if not any(captions) or not all(isinstance(caption, str) for caption in captions):
             raise RecordError(f"{record.source}: text to image needs captions or a human message")
+        if any(caption.encode(errors="ignore").decode() != caption for caption in captions):
+            raise RecordError(f"{record.source}: a lone surrogate in JSON captions is no text")
         return captions
 
 
@@ -285,10 +284,8 @@ def require_sizes(source: str, rule: ResizeRule, given: Size, target: Size) -> N
     or up to LARGEST_FACTOR times larger. Sizes are (width, height); `source` begins the message."""
     old, new = rule.size(*given), rule.size(*target)
     factor = max(new) / max(old)
-    shaped = all(
-        abs(n - factor * o) <= rule.image_stride * max(factor, 1)
-        for n, o in zip(new, old, strict=True)
-    )
+    slack = rule.image_stride * max(factor, 1)
+    shaped = all(abs(n - factor * o) <= slack for n, o in zip(new, old, strict=True))
     # Both sides were rounded to the stride.
     least, most = 1 - rule.image_stride / max(old), LARGEST_FACTOR
     if not shaped or not least <= factor <= most:
@@ -321,7 +318,7 @@ def _file(folder: Place, ref: ImageRef) -> Path | NamedBytes:
         return where
     try:
         return NamedBytes(read_bytes(where), where)
-    except (OSError, ValueError, RuntimeError, BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         lost = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
         raise (UnreachableError if lost else ImageError)(f"{where}: {error}") from error
 

@@ -43,8 +43,8 @@ def main() -> None:
             continue
         print(f"{task or 'overall'}: A {found.mean_a:.4g}, B {found.mean_b:.4g}", end=", ")
         print("B - A {:+.4g} [{:+.4g}, {:+.4g}]".format(found.difference, *found.interval), end=" ")
-        print(f"({CONFIDENCE:.0%}), p {found.p:.2g}, {found.n} samples", end=", ")
-        print(f"without {found.n_failed} failed and {found.n_equal} equal to the truth")
+        print(f"({CONFIDENCE:.0%}), p {found.p:.2g}, {found.n} samples", end=", without ")
+        print(f"{found.n_failed} failed, {found.n_missing} missing, {found.n_equal} equal images")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class Run:
         """Ids of the restored samples of every task, the worst first."""
         tasks: dict[str, list[int]] = defaultdict(list)
         good = [(r[RANKED_BY], i) for i, r in self.results.items() if r.get(RANKED_BY) is not None]
-        for _, i in sorted(good):
+        for _, i in sorted(good, key=lambda ranked: ranked[0]):
             tasks[str(self.results[i].get("main_task_type"))].append(i)
         return tasks
 
@@ -122,6 +122,7 @@ def choose(ranked: list[int]) -> dict[str, int]:
 def show(run: Run, result: Json, album: Album, white: float) -> Json | None:
     """One restoration for the page; None if its images do not fit."""
     files = {name: run.folder / result[key] for name, key in FILES.items()}
+    prompt = result.get("prompt") or (result.get("message") or [{}])[0].get("value")
     with Image.open(files["restored"]) as restored, Image.open(files["truth"]) as truth:
         size, errors, stream = restored.size, error_map(restored, truth, white), io.BytesIO()
     errors.save(stream, "PNG", optimize=True)
@@ -134,7 +135,7 @@ def show(run: Run, result: Json, album: Album, white: float) -> Json | None:
         "numbers": {k: v for k, v in result.items() if f"{k}_mean" in run.statistics["overall"]},
         "assessment": result.get("understanding_text"),
         "reference": result.get("reference_text"),
-        "prompt": result.get("prompt") or (result.get("message") or [{}])[0].get("value"),
+        "prompt": prompt,
         "seconds": result.get("inference_time"),
     }
 
@@ -153,14 +154,13 @@ def samples(tests: list[list[int]], runs: list[Run], album: Album, white: float)
         for back, index in enumerate(reversed(tests[card["test"]]))
     )
     for _, _, n, index in wanted:
-        result = runs[index].results[cards[n]["sample_id"]]
+        result = runs[index].results[i := cards[n]["sample_id"]]
         try:
-            shown = None if "error" in result else show(runs[index], result, album, white)
-        except OSError as error:
-            print(f"WARNING: sample {result['sample_id']} is left out: {error}", file=sys.stderr)
-            shown = None
-        if shown is not None:
-            cards[n]["restorations"].insert(0, {"run": index} | shown)
+            if "error" not in result and (shown := show(runs[index], result, album, white)):
+                cards[n]["restorations"].insert(0, {"run": index} | shown)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            told = f"{type(error).__name__}: {error}"
+            print(f"WARNING: sample {i} is left out: {told}", file=sys.stderr)
     return [card for card in cards if card["restorations"]]
 
 

@@ -2,10 +2,12 @@
 
 import argparse
 import csv
+import fcntl
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ class ResultsError(ValueError):
 
 
 class ResumeError(ValueError):
-    """The output folder holds results of another configuration."""
+    """The output folder holds results of another configuration, or another run is at work in it."""
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -53,6 +55,20 @@ def mark_of(report: LoadReport, dtype: torch.dtype) -> dict[str, Any]:
     mark = digest(manifest.read_bytes() if manifest.exists() else stamps.encode())
     named = {"checkpoint": f"{report.weights} {mark}"}
     return named | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Raises ResumeError while another run, one not killed, holds the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ResumeError(f"{folder}: another run is at work in it") from error
+        except OSError as error:
+            print(f"WARNING: {folder}: no lock: {error}: start no second run in it")
+        yield
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:

@@ -9,11 +9,10 @@ done again as a whole, and processes take whole units: so the numbers do not dep
 the number of processes, or on what was done before.
 """
 
-import fcntl
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from data.files import read_bytes, within
+from data.files import UNREADABLE, read_bytes, within
 from data.records import IMAGE_TAG, Record, RecordError, parse_record
 from data.scores import references
 from data.tasks import open_pair, require_sizes
@@ -40,6 +39,7 @@ from .results import (
     ResumeError,
     claim,
     digest,
+    locked,
     mark_of,
     read_json,
     replace_text,
@@ -98,21 +98,9 @@ def run(restorer: Restorer, config: RunConfig, processes: Processes = ALONE) -> 
     contents = [line.strip() for _, line in lines]
     with ExitStack() as held:
         # By the first process alone, for all.
-        processes.first_says(lambda: held.enter_context(_locked(config.output_dir)))
+        processes.first_says(lambda: held.enter_context(locked(config.output_dir)))
         done = processes.first_says(lambda: _finished(restorer, config, samples, contents))
         return _run(restorer, config, processes, samples, done)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps a second run out of a folder; the system lets go of it when a process is killed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ResumeError(f"{folder}: another run is at work in it") from error
-        yield
 
 
 def _finished(
@@ -243,11 +231,10 @@ class _Sample:
 
     def digest(self, root: Path) -> str:
         """Of its images; empty where one cannot be read."""
-        record = self.record
-        refs = (*record.inputs, *record.outputs) if isinstance(record, Record) else ()
+        refs = (*r.inputs, *r.outputs) if isinstance(r := self.record, Record) else ()
         try:
             return digest(*(read_bytes(within(root, ref.path)) for ref in refs))
-        except (OSError, ValueError):
+        except UNREADABLE:
             return ""
 
 
@@ -312,10 +299,8 @@ class _Batch:
         if not record.outputs:
             raise RecordError(f"{record.source}: output_img is missing: nothing to compare with")
         tags = sum(text.count(IMAGE_TAG) for who, text in record.messages if who == "human")
-        if tags not in (0, len(record.inputs)):
-            raise RecordError(
-                f"{record.source}: {tags} {IMAGE_TAG} for {len(record.inputs)} images"
-            )
+        if tags not in (0, images := len(record.inputs)):
+            raise RecordError(f"{record.source}: {tags} {IMAGE_TAG} for {images} images")
         if not record.instruction:
             raise RecordError(f"{record.source}: the instruction is empty")
         degraded, truth = open_pair(record, root)

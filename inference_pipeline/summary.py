@@ -47,7 +47,10 @@ def summary(
     good = [r for r in results if "error" not in r]
     found: dict[str, Any] = {"total_samples": len(results), "n_failed": len(results) - len(good)}
     for name in number_names(protocols):
-        values = np.array([r[name] for r in good if name in r], np.float64)
+        given = np.array([r[name] for r in good if name in r], np.float64)
+        values = given[~np.isnan(given)]
+        if len(values) < len(given):
+            found[f"{name}_missing"] = len(given) - len(values)
         if name.endswith("_bicubic") and len(values) < len(good):
             continue  # beside the mean over all samples it would mislead
         finite = values[_is_finite(name, values)]
@@ -60,7 +63,7 @@ def summary(
             found[f"{name}_std"] = float(np.std(values))
         if len(values) > 1 and intervals:
             found[f"{name}_ci{100 * CONFIDENCE:.0f}"] = [*interval(values)]
-    if seconds := [r["inference_time"] for r in good if "inference_time" in r]:
+    if seconds := [r["inference_time"] for r in good if r.get("inference_time") is not None]:
         found["avg_inference_time"] = float(np.mean(seconds))
     return found
 
@@ -75,11 +78,12 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Paired:
-    """Two runs over the samples that both restored; failed and equal ones are left out."""
+    """Two runs over the samples that both restored; failed, equal, missing ones are left out."""
 
     n: int
     n_failed: int
     n_equal: int
+    n_missing: int
     mean_a: float
     mean_b: float
     difference: float
@@ -96,13 +100,13 @@ def paired(a: Sequence[Result], b: Sequence[Result], number: str = "psnr") -> Pa
     fewer than two samples are left.
     """
     rows_a, rows_b = ({r["sample_id"]: r for r in results} for results in (a, b))
-    for i in sorted({*rows_a, *rows_b}):
+    for i in rows_a | rows_b:
         found = [rows[i] for rows in (rows_a, rows_b) if i in rows]
         if len(found) == 2 and same_sample(*found):
             continue
         one, other = (str(input_paths(rows[i])) if i in rows else "-" for rows in (rows_a, rows_b))
         what = f"images of sample {i}, {one}, changed"
-        what = what if one == other else f"sample {i} is {one} and {other}"
+        what = what if one == other else f"sample {i!r} is {one} and {other}"
         raise ValueError(f"the test sets differ: {what}")
     pairs = [(rows_a[i], rows_b[i]) for i in rows_a]
     good = [pair for pair in pairs if not any("error" in r for r in pair)]
@@ -112,14 +116,16 @@ def paired(a: Sequence[Result], b: Sequence[Result], number: str = "psnr") -> Pa
     if not all(number in r for pair in measured for r in pair):
         raise ValueError(f"{number} stands in one run alone: measure both by the same protocols")
     values = np.array([[r[number] for r in pair] for pair in measured], np.float64)
-    finite = values[_is_finite(number, values).all(1)]
+    there = values[~np.isnan(values).any(1)]
+    finite = there[_is_finite(number, there).all(1)]
     if len(finite) < 2:
         raise ValueError(f"{number}: too few samples to compare: {len(finite)}")
     difference = finite[:, 1] - finite[:, 0]
     return Paired(
         n=len(finite),
         n_failed=len(pairs) - len(good),
-        n_equal=len(values) - len(finite),
+        n_equal=len(there) - len(finite),
+        n_missing=len(values) - len(there),
         mean_a=float(finite[:, 0].mean()),
         mean_b=float(finite[:, 1].mean()),
         difference=float(difference.mean()),

@@ -33,7 +33,7 @@ from data.images import read_image
 from modeling.bagel.generation import TextConfig
 
 from .restorer import Restorer
-from .results import claim, command, digest, mark_of, replace_text
+from .results import claim, command, digest, locked, mark_of, replace_text
 
 Row = dict[str, str]
 Request = tuple[list[Image.Image], str]
@@ -129,21 +129,22 @@ def run(
 ) -> list[Row]:
     """Asks what is not answered yet and writes the table; its rows, with `prediction` and `error`.
 
-    Raises ValueError when `output_dir` holds answers by other settings.
+    Raises ResumeError when `output_dir` holds answers by other settings or another run is there.
     """
-    rows, model = read_rows(tsv), _claim_folder(restorer, tsv, output_dir, text)
-    table, log = output_dir / f"{model}_{tsv.stem}.tsv", output_dir / "answers.jsonl"
-    table.unlink(missing_ok=True)  # until every question has been asked
-    by_index = {row["index"]: row for row in reversed(rows)}
-    done = _answered(log, rows, by_index, tsv.parent)
-    todo = [place for place in range(len(rows)) if place not in done]
-    with log.open("a", buffering=1) as file, Progress() as bar:
-        bar.add_task("answering", total=len(rows), completed=len(done))
-        _Answers(restorer, text, rows, by_index, tsv.parent, done, file, bar).ask(todo, batch_size)
-    told = ("prediction", "error")
-    rows = [row | {key: done[place][key] for key in told} for place, row in enumerate(rows)]
-    _write_table(table, rows)
-    return rows
+    with locked(output_dir):
+        rows, model = read_rows(tsv), _claim_folder(restorer, tsv, output_dir, text)
+        table, log = output_dir / f"{model}_{tsv.stem}.tsv", output_dir / "answers.jsonl"
+        table.unlink(missing_ok=True)  # until every question has been asked
+        by_index = {row["index"]: row for row in reversed(rows)}
+        done = _answered(log, rows, by_index, tsv.parent)
+        with log.open("a", buffering=1) as file, Progress() as bar:
+            bar.add_task("answering", total=len(rows), completed=len(done))
+            answers = _Answers(restorer, text, rows, by_index, tsv.parent, done, file, bar)
+            while todo := [place for place in range(len(rows)) if place not in done]:
+                answers.ask(todo, batch_size)
+        rows = [r | {k: done[i][k] for k in ("prediction", "error")} for i, r in enumerate(rows)]
+        _write_table(table, rows)
+        return rows
 
 
 def _answered(log: Path, rows: list[Row], shared: dict[str, Row], folder: Path) -> dict[int, Row]:
@@ -184,7 +185,7 @@ class _Answers:
     bar: Progress
 
     def ask(self, places: list[int], batch_size: int) -> None:
-        """Where a batch fails, its questions go on alone."""
+        """Where a batch fails, its questions go on alone; then some `places` are left."""
         asked: list[int] = []
         requests = self._requests(places, asked)
         try:
@@ -194,7 +195,7 @@ class _Answers:
             if len(places) == 1:
                 self._record(places[0], error=f"{type(error).__name__}: {error}")
                 return
-            for place in [place for place in places if place not in self.done]:
+            for place in [place for place in asked if place not in self.done] or places[:1]:
                 self.ask([place], 1)
 
     def _requests(self, places: list[int], asked: list[int]) -> Iterator[Request]:

@@ -9,6 +9,7 @@ import pytest
 
 from data.records import Record, RecordError, parse_record
 from data.sources import JsonlRecords
+from data.volumes import MAX_PIXELS
 
 GOOD: dict[str, Any] = {
     "input_img": [{"path": "a.png", "height": 4, "width": 4}],
@@ -93,3 +94,13 @@ def test_null_is_no_entry():
     assert found == [(), ()]
     with pytest.raises(RecordError, match="f:1: input_img must be a list"):
         parse_record(json.dumps(GOOD | {"input_img": None}), "f:1")
+
+
+@pytest.mark.parametrize(
+    "side", [10**400, MAX_PIXELS + 1, -5, "3", True], ids=lambda side: f"{side!r:.9}"
+)
+def test_a_size_that_no_image_has_is_not_stated(side):
+    line = GOOD | {"input_img": [{"path": "a.png", "height": 4, "width": side}]}
+    assert parse_record(json.dumps(line), "f:1").inputs[0].size is None
+    line["input_img"][0]["width"] = MAX_PIXELS
+    assert parse_record(json.dumps(line), "f:1").inputs[0].size == (MAX_PIXELS, 4)

@@ -152,6 +152,11 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
         ["text:A scan.?", "vae:b!"],
     ),
     (
+        "text_to_image",
+        {"output_img": paths("b"), "captions": None, "caption": "A scan."},
+        ["text:A scan.?", "vae:b!"],
+    ),
+    (
         "vqa_reconstruction SftJSONLIterableDataset_with_VisualReconstruction_Ver1"
         " SftJSONLIterableDataset_with_VisualReconstruction_Ver2",
         {
@@ -253,6 +258,11 @@ def test_an_edit_goes_one_or_two_steps(tokenizer, folder):
         ("text_to_image", {"output_img": paths("a"), "caption": 5}, "needs captions"),
         ("text_to_image", {"output_img": paths("a"), "captions": True}, "needs captions"),
         ("text_to_image", {"output_img": paths("a"), "captions": {"long": 5}}, "needs captions"),
+        (
+            "text_to_image",
+            {"output_img": paths("a"), "captions": '["\\ud83d cut"]'},
+            "f:1: a lone surrogate in JSON captions is no text",
+        ),
         ("vlm_sft", {"input_img": paths("ab"), "message": QUESTION}, "1 <image> for 2 images"),
         ("vlm_sft", {"input_img": paths("a")}, "message must be a list of {from, value}"),
         ("text_only", {"message": said(("human", "What?"))}, "holds no answer from `gpt`"),

@@ -100,6 +100,14 @@ def test_rows_of_results_by_task_and_degradation(run, tmp_path):
     assert math.isclose(float(rows[0]["psnr_mean"]), 30) and rows[5]["psnr_mean"] == ""
 
 
+def test_a_number_that_is_missing_is_counted(run, tmp_path):
+    lines = run / "0002000" / "ixi, t1" / "results.jsonl"
+    lines.write_text(lines.read_text().replace('"psnr": 30', '"psnr": NaN'))
+    _, (high, low, *_) = table(RESULTS, "-i", run / "0002000", "-o", tmp_path / "results.csv")
+    assert (high["psnr_mean"], high["psnr_missing"], high["ssim_mean"]) == ("", "1", "0.7")
+    assert (low["psnr_mean"], low["psnr_missing"]) == ("20.0", "")
+
+
 def test_mistakes_are_one_line(run, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "empty: no statistics.json in it (--directories)" in error(

@@ -211,6 +211,38 @@ def test_results_of_the_users_own_scripts(tmp_path, inputs, shown):
     assert [failed["input"] for failed in data["runs"][0]["failed"]] == [shown]
 
 
+@pytest.mark.parametrize(
+    ("odd", "told"),
+    [
+        ({"prompt": None, "message": "Clean it."}, "AttributeError: 'str'"),
+        ({"prompt": None, "message": {"from": "human", "value": "x"}}, "KeyError: 0"),
+        ({"prompt": None, "message": ["x"]}, "AttributeError: 'str'"),
+        ({"pred_img": None}, "TypeError: unsupported operand"),
+        ({"pred_img": ...}, "KeyError: 'pred_img'"),
+        ({"pred_img": "images/2_input.png"}, "ResultsError: a restoration of (12, 10) beside"),
+    ],
+)
+def test_an_odd_result_costs_its_sample(tmp_path, capsys, odd, told):
+    path = write_run(tmp_path, "run", None, 25.0) / "results.jsonl"
+    results = [json.loads(line) for line in path.read_text().splitlines()]
+    results[2] = {k: v for k, v in (results[2] | odd).items() if v is not ...}
+    path.write_text("".join(json.dumps(r) + "\n" for r in results))
+    data = data_of(tmp_path)
+    # The median of the first task is left out, with its images.
+    assert [card["sample_id"] for card in data["samples"]] == [0, 6, 1, 5, 9]
+    shown = [r["images"].values() for card in data["samples"] for r in card["restorations"]]
+    assert {*data["images"]} == {key for keys in shown for key in keys}
+    assert f"WARNING: sample 2 is left out: {told}" in capsys.readouterr().err
+
+
+def test_names_of_samples_may_be_numbers_and_texts(tmp_path):
+    path = write_run(tmp_path, "run", None, 25.0) / "results.jsonl"
+    results = [json.loads(line) | {"psnr": 30.0} for line in path.read_text().splitlines()[:4]]
+    results[2]["sample_id"] = "two"
+    path.write_text("".join(json.dumps(r) + "\n" for r in results))
+    assert [card["sample_id"] for card in data_of(tmp_path)["samples"]] == [0, "two", 1, 3]
+
+
 def test_what_no_report_can_be_made_of(tmp_path, capsys):
     folder = write_run(tmp_path / "run", "run", None, 25.0)
     with pytest.raises(ResultsError, match="images: neither results.jsonl there nor"):

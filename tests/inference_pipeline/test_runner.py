@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +258,26 @@ def test_images_in_an_archive_have_a_digest_too(restorer, pairs, tmp_path):
     run(restorer, config(pairs, tmp_path / "plain", num_samples=1))
     zipped, plain = results(tmp_path / "zipped")[0], results(tmp_path / "plain")[0]
     assert zipped["psnr"] == plain["psnr"] and zipped["images"] == plain["images"] != ""
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_damaged_archive_costs_its_sample(restorer, pairs, tmp_path, method):
+    """A wrong check sum, a stream that cannot be inflated."""
+    record = json.loads((pairs / "test.jsonl").read_text().splitlines()[0])
+    path, archive = record["input_img"][0]["path"], tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w", method) as opened:
+        opened.write(pairs / path, path)
+    content = bytearray(archive.read_bytes())
+    start = 30 + len(path)
+    content[start : start + 8] = b"\xff" * 8  # after the header of the member
+    archive.write_bytes(content)
+    record["input_img"] = [{"path": f"zip://{path}::{archive}"}]
+    (tmp_path / "test.jsonl").write_text(json.dumps(record) + "\n")
+    settings = config(pairs, tmp_path / "out", annotation_file=tmp_path / "test.jsonl")
+    assert run(restorer, settings)["overall"] == {"total_samples": 1, "n_failed": 1}
+    (found,) = results(tmp_path / "out")
+    assert found["images"] == "" and found["error"].startswith(f"ImageError: zip://{path}::")
+    assert ("Bad CRC-32" if method == zipfile.ZIP_STORED else "decompressing") in found["error"]
 
 
 def test_samples_whose_images_have_changed_are_restored_anew(restorer, pairs, tmp_path):

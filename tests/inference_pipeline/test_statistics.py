@@ -119,6 +119,32 @@ def test_what_pairs_leave_out():
     assert (found.n, found.n_failed, found.n_equal, found.difference) == (2, 2, 1, 2.0)
 
 
+def test_missing_numbers_are_left_out_and_counted():
+    """NaN in a results folder is None when it is read."""
+    a = [result(i, psnr=20.0 + i, ssim=0.5) for i in range(5)]
+    b = [r | {"psnr": r["psnr"] + 1} for r in a]
+    a[0]["psnr"] = b[0]["psnr"] = None
+    b[1] |= {"psnr": math.nan, "inference_time": None}
+    found = paired(a, b)
+    assert (found.n, found.n_missing, found.n_equal, found.n_failed) == (3, 2, 0, 0)
+    assert (found.mean_a, found.mean_b, found.difference) == (23.0, 24.0, 1.0)
+    overall = summarise(b)["overall"]
+    assert (overall["psnr_mean"], overall["psnr_missing"]) == (24.0, 2)
+    assert overall["ssim_mean"] == 0.5 and "ssim_missing" not in overall
+    assert overall["avg_inference_time"] == 2
+    none = summarise([a[0]])["overall"]
+    assert none["psnr_missing"] == 1 and "psnr_mean" not in none
+
+
+def test_names_of_samples_may_be_numbers_and_texts():
+    a = [result(i, psnr=20.0 + i) for i in range(3)]
+    a[1]["sample_id"] = "1"
+    assert paired(a, a).n == 3
+    other = [r | {"sample_id": int(r["sample_id"])} for r in a]
+    with pytest.raises(ValueError, match=r"test sets differ: sample '1' is \['1.png'\] and -$"):
+        paired(a, other)
+
+
 def test_what_cannot_be_paired():
     a = [result(i, psnr=20.0 + i, ssim=0.5) for i in range(3)]
     other = [*a[:2], a[2] | {"input_img": [{"path": "other.png"}]}]
@@ -169,6 +195,7 @@ def test_comparison_of_folders(tmp_path, monkeypatch, capsys):
     # Gains of 0.5 to 3.5, all positive.
     assert overall.startswith("overall: A 23, B 25, B - A +2 [") and "p 0.016, 7 samples" in overall
     assert denoising.startswith("denoising: A 22.5, B 24.25, B - A +1.75 [")
+    assert overall.endswith(", 7 samples, without 0 failed, 0 missing, 0 equal images")
     assert sr == "sr: psnr: too few samples to compare: 1"
     monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "a"), str(tmp_path / "c")])
     with pytest.raises(ValueError, match="psnr is by 'medq' in A and by 'amir' in B"):

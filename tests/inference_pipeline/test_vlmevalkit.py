@@ -2,6 +2,8 @@
 
 import base64
 import csv
+import errno
+import fcntl
 import io
 import json
 import subprocess
@@ -20,6 +22,7 @@ from data.packer import TextSegment, VitSegment
 from data.tasks import filled
 from inference_pipeline import vlmevalkit
 from inference_pipeline.restorer import Restorer
+from inference_pipeline.results import ResumeError, locked
 from inference_pipeline.vlmevalkit import REQUEST, accuracy, letters, main, read_rows, run
 from modeling.bagel.context import Context
 from modeling.bagel.generation import TextConfig
@@ -247,6 +250,57 @@ def test_a_batch_that_fails_goes_on_one_by_one(tmp_path):
     assert [row["error"] for row in table[:3]] == ["", "RuntimeError: no room", ""]
     assert table[3]["error"].startswith("image: ")
     assert asked.questions == ["q0", "too long", "q2", "q0", "too long", "q2"]
+
+
+class InBatches(Asked):
+    """Takes no more questions than a batch at a time; notes (batch size, question)."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def answers(self, requests, text, batch_size=8):
+        for i, (_, question) in enumerate(requests):
+            self.seen.append((batch_size, question))
+            if question == "too long" or (question == "large" and batch_size > 1):
+                raise RuntimeError("no room")
+            if i % batch_size == batch_size - 1:
+                yield from ((j, f"a{j}") for j in range(i - batch_size + 1, i + 1))
+
+
+def test_one_failing_batch_does_not_slow_the_rest(tmp_path):
+    texts = ["q0", "q1", "q2", "large", "q4", "too long", "q6", "q7"]
+    image = encoded(picture(0))
+    rows = [{"index": i, "image": image, "question": q} for i, q in enumerate(texts)]
+    asked = InBatches()
+    table = run(asked, write(tmp_path / "q.tsv", rows), tmp_path / "out", SHORT, batch_size=2)
+    assert asked.seen == [
+        *((2, q) for q in texts[:4]),
+        *((1, q) for q in texts[2:4]),
+        *((2, q) for q in texts[4:6]),
+        *((1, q) for q in texts[4:6]),
+        *((2, q) for q in texts[6:]),
+    ]
+    assert [row["error"] for row in table] == [""] * 5 + ["RuntimeError: no room"] + [""] * 2
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+    """The second would drop what the first has answered since."""
+    rows = [{"index": 0, "image": encoded(picture(0)), "question": "q"}]
+    tsv, output = write(tmp_path / "q.tsv", rows), tmp_path / "out"
+    with locked(output), pytest.raises(ResumeError, match="out: another run is at work in it"):
+        run(Asked(), tsv, output, SHORT)
+    assert run(Asked(), tsv, output, SHORT)[0]["prediction"] == "q"
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path):
+        told = f"WARNING: {tmp_path}: no lock: [Errno {errno.ENOLCK}] No locks available: start no"
+        assert capsys.readouterr().out.startswith(told)
 
 
 def test_other_settings_do_not_share_a_folder(tmp_path):
