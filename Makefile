@@ -25,7 +25,7 @@ demo: setup
 
 # One thread each: more would only wait for one another. A file's tests share their fixtures.
 test: setup
-	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(VENV)/ruff check .

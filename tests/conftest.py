@@ -5,6 +5,17 @@ import torch
 
 from tests.helpers import write_checkpoint, write_mixture, write_pairs
 
+LONGEST = ("test_faults", "test_backends", "test_batch", "test_end_to_end", "test_ranks")
+"""Files that take minutes, the longest first: begun last, one process would wait for the other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        found = [i for i, name in enumerate(LONGEST) if f"{name}.py" in str(item.path)]
+        return found[0] if found else len(LONGEST)
+
+    items.sort(key=place)
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:

@@ -231,7 +231,7 @@ def test_steps_that_are_not_finite_move_nothing_and_end_the_run(checkpoint, mixt
     with pytest.raises(NonFiniteError, match="max_nonfinite_steps=2 in a row") as caught:
         trainer.guard.end_window()
     said, guilty = str(caught.value), batch.vae.names[-1]
-    assert re.search(rf"step 1, rank 0: gradient norm, (ce, )?mse, mse of image {guilty}", said)
+    assert re.search(rf"step 2, rank 0: gradient norm, (ce, )?mse, mse of image {guilty}", said)
 
 
 class Unbounded(VelocityMSE):
@@ -383,7 +383,7 @@ def test_telemetry_of_a_step(checkpoint, mixture, tmp_path, capsys, monkeypatch)
     assert len(lines) == 2 and not any("PIXEL_LOSS_DEBUG" in text for text in printed)
     for text, image in zip(lines, terms["ssim"].images, strict=True):
         t, ssim = image.image.t, 1 - image.loss.item()
-        start = f"SSIM_LOSS_DEBUG step 0 rank 0 {image.image.name} 16x24 t {t:.4f} gate {1 - t:.4f}"
+        start = f"SSIM_LOSS_DEBUG step 1 rank 0 {image.image.name} 16x24 t {t:.4f} gate {1 - t:.4f}"
         assert text.startswith(f"{start} ssim {ssim:.6f} grad_norm ")
         assert float(text.split("clamped ")[1].rstrip("%")) > 0
     warnings = [text for text in printed if "times that of mse" in text]
