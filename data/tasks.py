@@ -186,8 +186,11 @@ class TextToImageTask(Task):
         captions = [v for v in values if v] if isinstance(values, list) else [values]
         if not any(captions) or not all(isinstance(caption, str) for caption in captions):
             raise RecordError(f"{record.source}: text to image needs captions or a human message")
-        if any(caption.encode(errors="ignore").decode() != caption for caption in captions):
-            raise RecordError(f"{record.source}: a lone surrogate in JSON captions is no text")
+        try:
+            "".join(captions).encode()
+        except UnicodeEncodeError as error:
+            text = "a lone surrogate in JSON captions is no text"
+            raise RecordError(f"{record.source}: {text}") from error
         return captions
 
 

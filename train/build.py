@@ -263,7 +263,6 @@ def build_validation(trainer: Trainer) -> Validation:
     values = {f.name: getattr(args.data, f.name) for f in fields(LoaderConfig)}
     loader = LoaderConfig(**values | {"num_workers": 0})
     pairs = first_pairs(mixture, tokenizer, training.val_images)
-    metric_names(training.best_metrics, trainer.weights, pairs)
     packer = replace(
         packer_config(args, model),
         text_cond_dropout_prob=0.0,
@@ -281,6 +280,7 @@ def build_validation(trainer: Trainer) -> Validation:
         num_timesteps=training.val_num_timesteps,
         seed=training.global_seed,
         bf16=trainer.backend.autocasts,
+        best_metrics=metric_names(training.best_metrics, trainer.weights, pairs),
     )
 
 

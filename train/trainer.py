@@ -23,7 +23,7 @@ from .metrics import Metrics, read_lines
 from .optim import lr_at
 from .sinks import build_sinks
 from .telemetry import Telemetry, warn_if_untrained
-from .validation import Validation, best, metric_names
+from .validation import Validation, best
 
 
 class Stopped(Exception):
@@ -181,8 +181,6 @@ class Trainer:
 
     def best_steps(self, saved: Collection[int]) -> set[int]:
         """Of the saved steps the best by each of `best_metrics`."""
-        check, text = self.validation, self.args.training.best_metrics
-        if check is None or not text:
-            return set()
-        names = metric_names(text, check.weights, check.pairs)
-        return {*best(read_lines(self.run / "validation.jsonl"), names, saved).values()}
+        names = self.validation.best_metrics if self.validation else ()
+        history = read_lines(self.run / "validation.jsonl") if names else []
+        return {*best(history, names, saved).values()}

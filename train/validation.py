@@ -118,6 +118,8 @@ class Validation:
     """Of every restoration's noise."""
     bf16: bool = False
     """Autocast, as in training."""
+    best_metrics: Sequence[str] = ()
+    """Whose best steps are kept."""
 
     def run(self, step: int, ema: EMA, sinks: Sequence[Sink] = ()) -> dict[str, float]:
         """`val/<term>` of the weights; `val/psnr/<task>`, `val/ssim/<task>` of the averages.
